@@ -1,0 +1,38 @@
+# Both main targets do all the set-up: `make demo` and `make test`. A second run skips what is done.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MODEL := .demo/SmolLM2-135M-Instruct/ready
+
+.PHONY: demo serve test test-fast bench-memory lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/sglang-metasoft demo
+
+serve: $(MODEL)
+	$(BIN)/sglang-metasoft serve-demo
+
+test: $(MODEL)
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not server"
+
+bench-memory: $(MODEL)
+	$(BIN)/python benchmarks/memory.py --plot docs/memory.png
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(MODEL): $(INSTALLED)
+	$(BIN)/sglang-metasoft demo-model
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[demo,test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info

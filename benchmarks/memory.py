@@ -1,0 +1,131 @@
+"""How many long requests decode at the same time, with and without compression, in an equally small KV pool.
+
+The pool holds four raw prompts of 2,048 tokens plus their output. The same requests go to plain SGLang and to SGLang
+with ``--enable-metasoft``; the figure is the largest ``sglang:num_running_reqs`` that each server reports of itself.
+
+    python benchmarks/memory.py [--requests 18] [--output memory.json] [--plot docs/memory.png]
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from sglang_metasoft.demo import conversation
+from sglang_metasoft.demo import model as demo_model
+from sglang_metasoft.demo.server import Server
+
+PROMPT_TOKENS = 2048
+RAW_PROMPTS = 4
+COMMON = ["--enable-metrics", "--decode-log-interval", "1", "--chunked-prefill-size", "256"]
+METASOFT = ["--enable-metasoft", "--metasoft-ratio", "4", "--metasoft-during-prefill", "--metasoft-min-tokens", "128"]
+
+
+class PeakWatcher(threading.Thread):
+    """Polls a server's metrics and keeps the number of running requests over time."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self.server, self.series, self.is_over = server, [], threading.Event()
+
+    def run(self) -> None:
+        begin = time.monotonic()
+        while not self.is_over.wait(0.2):
+            running = int(self.server.metrics().get("sglang:num_running_reqs", 0))
+            self.series.append((round(time.monotonic() - begin, 1), running))
+
+
+def measure(model: Path, flags: list[str], prompts: list[list[int]], new_tokens: int) -> dict:
+    """Send all prompts at once; returns the peak of running requests, seconds, retractions and bypass reasons."""
+    # SGLang admits a request only if more than its tokens and a page are free: eight slots each let four in.
+    pool_tokens = RAW_PROMPTS * (PROMPT_TOKENS + new_tokens + 8)
+    with tempfile.TemporaryDirectory() as scratch:
+        all_flags = [*COMMON, "--max-total-tokens", str(pool_tokens), *flags]
+        with Server(model, all_flags, log=Path(scratch) / "server.log") as server:
+            watcher = PeakWatcher(server)
+            watcher.start()
+            begin = time.monotonic()
+            with ThreadPoolExecutor(len(prompts)) as pool:
+                responses = list(
+                    pool.map(
+                        lambda ids: server.generate(ids, new_tokens, sampling_params={"ignore_eos": True}), prompts
+                    )
+                )
+            seconds = time.monotonic() - begin
+            watcher.is_over.set()
+            watcher.join()
+    metas = [response["meta_info"] for response in responses]
+    assert all(meta["completion_tokens"] == new_tokens for meta in metas)
+    return {
+        "peak_running_requests": max(running for _, running in watcher.series),
+        "seconds": round(seconds, 1),
+        "retractions": sum(meta["num_retractions"] for meta in metas),
+        "bypassed": sorted(meta["metasoft_bypass"] for meta in metas if "metasoft_bypass" in meta),
+        "pool_tokens": pool_tokens,
+        "series": watcher.series,
+    }
+
+
+def plot(result: dict, path: Path) -> None:
+    """Running requests over time, one line a server."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.2), layout="constrained")
+    for name, label, colour in (
+        ("metasoft", "SGLang --enable-metasoft, ratio 4", "#1668a8"),
+        ("plain", "plain SGLang", "#8a8a8a"),
+    ):
+        seconds, running = zip(*result[name]["series"], strict=True)
+        axes.step(seconds, running, where="post", label=label, color=colour, linewidth=1.8)
+    pool = result["plain"]["pool_tokens"]
+    axes.set(
+        xlabel="seconds",
+        ylabel="requests decoding at once",
+        title=f"{PROMPT_TOKENS}-token prompts, a KV pool of {pool:,} tokens (four raw prompts)",
+        ylim=(0, None),
+        xlim=(0, None),
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
+    parser.add_argument("--requests", type=int, default=18, help="requests sent at once")
+    parser.add_argument("--new-tokens", type=int, default=16, help="output tokens of each request")
+    parser.add_argument("--output", type=Path, help="also write the result as JSON")
+    parser.add_argument("--plot", type=Path, help="also draw it as PNG (needs matplotlib)")
+    args = parser.parse_args()
+    model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model)(conversation.DOCUMENT.read_text())["input_ids"]
+    # Different prompts: each starts elsewhere in the document, so none shares a prefix with another.
+    prompts = [(ids[97 * n :] + ids)[:PROMPT_TOKENS] for n in range(args.requests)]
+    result = {"date": date.today().isoformat(), "machine": f"{torch.get_num_threads()} cores, {platform.machine()}"}
+    for name, flags in (("plain", []), ("metasoft", METASOFT)):
+        result[name] = measure(model, flags, prompts, args.new_tokens)
+        print(name, json.dumps({key: value for key, value in result[name].items() if key != "series"}), flush=True)
+    result["ratio"] = result["metasoft"]["peak_running_requests"] / result["plain"]["peak_running_requests"]
+    print(f"running requests: {result['ratio']:.2f}x")
+    if args.output:
+        args.output.write_text(json.dumps(result) + "\n")
+    if args.plot:
+        plot(result, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""Attention flow: to which kept entries each dropped one goes."""
+
+from metasoft_kernels.route.naive import route
+
+__all__ = ["route"]

@@ -1,0 +1,185 @@
+"""Hooks outside the scheduler: flags, keywords of ``sgl.Engine``, start-up checks, requests and responses."""
+
+import argparse
+import dataclasses
+import functools
+import typing
+
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+from metasoft_patches.install import register_hooks, verify_hooks
+from sglang_metasoft import compat
+from sglang_metasoft.config import MetaSoftConfig, RequestOptions, check_setting, read_config_json, settings_of
+from sglang_metasoft.radix import BACKEND_NAME, make_factory
+from sglang_metasoft.soft_tokens import check_compressor
+
+ENABLE_FLAG = "--enable-metasoft"
+PREFIX = "metasoft_"
+# ServerArgs rejects undeclared fields, but carries underscore attributes to every scheduler process.
+CARRIER = "_metasoft"
+
+
+# -- flags ---------------------------------------------------------------------------------------------------------
+
+
+def add_flags(result, parser: argparse.ArgumentParser) -> None:
+    """AFTER ``ServerArgs.add_cli_args``: MetaSoft's own group in ``--help``."""
+    group = parser.add_argument_group("MetaSoft", "KV-cache compression of long prompts, prefix sharing kept on")
+    group.add_argument(
+        ENABLE_FLAG, action="store_true", help="Compress the KV cache of long prompts after their prefill."
+    )
+    for name, field in settings_of().items():
+        if field.metadata["flag"] is None:
+            continue
+        help_text = f"{field.metadata['help']} Allowed: {field.metadata['allowed']}. Default: {field.default}."
+        if isinstance(field.default, bool):
+            group.add_argument(
+                field.metadata["flag"], dest=PREFIX + name, action=argparse.BooleanOptionalAction, help=help_text
+            )
+        else:
+            group.add_argument(
+                field.metadata["flag"], dest=PREFIX + name, type=_checked_type(name, field), help=help_text
+            )
+    group.add_argument(
+        "--metasoft-config",
+        type=_argument_type(read_config_json),
+        help="JSON object with the same keys (ratio, window, ...), also for settings without a flag.",
+    )
+
+
+def _argument_type(parse):
+    """Let argparse print a ValueError's own words."""
+
+    @functools.wraps(parse)
+    def convert(text: str):
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def _checked_type(name: str, field: dataclasses.Field):
+    python_type = next(kind for kind in (typing.get_args(field.type) or (field.type,)) if kind in (int, float, str))
+
+    def parse(text: str):
+        try:
+            value = python_type(text)
+        except ValueError:
+            value = text
+        check_setting(name, value, field)
+        return value
+
+    return _argument_type(parse)
+
+
+def read_flags(original, cls, args: argparse.Namespace):
+    """AROUND ``ServerArgs.from_cli_args``: take our values off the command line and put them on the record."""
+    values = {name: getattr(args, PREFIX + name, None) for name in settings_of()}
+    values = {name: value for name, value in values.items() if value is not None}
+    config = _make_config(bool(getattr(args, "enable_metasoft", False)), values, args.metasoft_config or {})
+    if config is not None and args.radix_cache_backend is None:
+        args.radix_cache_backend = BACKEND_NAME
+    record = original(cls, args)
+    setattr(record, CARRIER, config)
+    return record
+
+
+def _make_config(enabled: bool, values: dict, from_json: dict) -> MetaSoftConfig | None:
+    """The settings of this server, or None without ``--enable-metasoft``.
+
+    Raises:
+        ValueError: settings without the switch, a setting given twice, or an unsupported SGLang.
+    """
+    given = sorted(set(values) | set(from_json))
+    if not enabled:
+        if given:
+            raise ValueError(f"metasoft {', '.join(given)} given without {ENABLE_FLAG}")
+        return None
+    twice = sorted(set(values) & set(from_json))
+    if twice:
+        raise ValueError(f"metasoft {', '.join(twice)} given both as a flag and in --metasoft-config")
+    compat.check_sglang_version()
+    return MetaSoftConfig(**(from_json | values))
+
+
+def extend_engine() -> None:
+    """Let ``sgl.Engine`` take ``enable_metasoft=True`` and the ``metasoft_*`` keywords."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    record_class = Engine.server_args_class
+
+    def make_server_args(**kwargs):
+        enabled = kwargs.pop("enable_metasoft", False)
+        from_json = kwargs.pop("metasoft_config", None) or {}
+        if isinstance(from_json, str):
+            from_json = read_config_json(from_json)
+        names = [key for key in kwargs if key.startswith(PREFIX)]
+        unknown = [key for key in names if key.removeprefix(PREFIX) not in settings_of()]
+        if unknown:
+            allowed = ", ".join(PREFIX + name for name in settings_of())
+            raise ValueError(f"unknown keyword {unknown[0]!r}; allowed: enable_metasoft, metasoft_config, {allowed}")
+        values = {key.removeprefix(PREFIX): kwargs.pop(key) for key in names}
+        config = _make_config(enabled, values, from_json)
+        if config is not None:
+            kwargs.setdefault("radix_cache_backend", BACKEND_NAME)
+        record = record_class(**kwargs)
+        setattr(record, CARRIER, config)
+        return record
+
+    Engine.server_args_class = staticmethod(make_server_args)
+
+
+# -- start-up ------------------------------------------------------------------------------------------------------
+
+
+def check_server(result, server_args) -> None:
+    """AFTER ``ServerArgs.check_server_args``, in the parent process, before any model loads."""
+    config: MetaSoftConfig | None = getattr(server_args, CARRIER, None)
+    if config is None:
+        return
+    verify_hooks("frontend")
+    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+
+    from metasoft_patches.compressor import model_shape
+
+    model_config = model_config_of(server_args)
+    compat.check_features(resolving_view(server_args), model_config)
+    if config.path is not None:
+        check_compressor(config.path, model_shape(model_config))
+
+
+def configure_scheduler(result, server_args, *args, **kwargs) -> None:
+    """AFTER ``configure_scheduler_process``: install the scheduler's hooks, if this server compresses."""
+    config: MetaSoftConfig | None = getattr(server_args, CARRIER, None)
+    if config is None:
+        return
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+
+    from metasoft_patches.scheduler import SchedulerHooks
+
+    register_radix_cache_backend(BACKEND_NAME, make_factory(config))
+    hooks = SchedulerHooks(config)
+    register_hooks("scheduler", lambda name: getattr(hooks, name))
+    HookRegistry.apply_hooks()
+    verify_hooks("scheduler")
+
+
+# -- requests and responses ----------------------------------------------------------------------------------------
+
+
+def check_request(result, params, vocab_size: int) -> None:
+    """AFTER ``SamplingParams.verify``: a bad ``custom_params`` value is a client error (HTTP 400)."""
+    RequestOptions.parse(params.custom_params)
+
+
+def flatten_meta_info(original, manager, meta_info: dict, state, customized_info: dict, index: int, finish_reason):
+    """AROUND ``update_request_meta_info``: our fields are one value a response, not one a token."""
+    others = {}
+    for key, values in customized_info.items():
+        if not key.startswith(PREFIX):
+            others[key] = values
+        elif values[index] is not None:
+            meta_info[key] = values[index]
+    return original(manager, meta_info, state, others, index, finish_reason)

@@ -1,0 +1,132 @@
+"""What MetaSoft knows about one request; attached to SGLang's ``Req`` as ``req.metasoft``."""
+
+from array import array
+
+from sglang_metasoft.chains import Chain, prefix_digests
+from sglang_metasoft.config import NO_COMPRESSION, MetaSoftConfig
+from sglang_metasoft.policy import plan_span
+from sglang_metasoft.types import Bypass, Plan
+
+
+class RequestState:
+    """Raw and compact form of a request's prompt, and what is planned for it.
+
+    In compact form the ids of the compressed prefix are replaced by a chain of virtual ids; only the radix tree and
+    the scheduler's bookkeeping ever see those.
+    """
+
+    def __init__(self, req, options: dict) -> None:
+        self.options = options
+        # A refusal holds for the request's life, a skip until it is scheduled anew.
+        self.refusal: Bypass | None = Bypass.OPTED_OUT if NO_COMPRESSION in options.values() else None
+        self.skipped: Bypass | None = None
+        self.raw_ids: array = req.origin_input_ids
+        self.compact_ids: array | None = None
+        self.chain: Chain | None = None
+        self.plan: Plan | None = None
+        self.reused_tokens = 0
+        self.is_reuse_counted = False
+        self._no_plan = Bypass.TOO_SHORT
+        self._raw_logprob_start: int | None = None
+        self._digests: list[bytes] | None = None
+
+    @property
+    def offset(self) -> int:
+        """Logical position minus row index, for every token after the chain."""
+        return self.chain.offset if self.chain else 0
+
+    @property
+    def namespace_options(self) -> tuple:
+        """The per-request settings that separate chains."""
+        return tuple(sorted(self.options.items()))
+
+    def owns_prompt(self, req) -> bool:
+        """Whether the request's prompt is still the one we know (SGLang replaces it when it rejects a request)."""
+        ours = self.raw_ids if self.chain is None else self.compact_ids
+        return req.origin_input_ids is ours
+
+    def digests(self) -> list[bytes]:
+        """Prefix digests of the raw prompt, computed once."""
+        if self._digests is None:
+            self._digests = prefix_digests(self.raw_ids)
+        return self._digests
+
+    def adopt_prompt(self, req) -> None:
+        """Take the request's prompt as the raw one, if it was changed (truncated) after arrival."""
+        if self.chain is None and req.origin_input_ids is not self.raw_ids:
+            self.raw_ids = req.origin_input_ids
+            self._digests = None
+
+    def use_chain(self, req, chain: Chain) -> None:
+        """Switch the request to compact form."""
+        self.restore_raw(req)
+        self.set_chain(req, chain)
+        req.origin_input_ids = self.compact_ids
+        req.full_untruncated_fill_ids = array("q")
+
+    def set_chain(self, req, chain: Chain) -> array:
+        """Note the chain and return the compact prompt; the caller installs it."""
+        self.chain = chain
+        self.compact_ids = chain.virtual_ids + self.raw_ids[chain.tokens :]
+        if self._raw_logprob_start is None:
+            self._raw_logprob_start = req.logprob_start_len
+        if self._raw_logprob_start >= 0:
+            req.logprob_start_len = self._raw_logprob_start - chain.offset
+        return self.compact_ids
+
+    def restore_raw(self, req) -> None:
+        """Switch the request back to raw form, unless SGLang has replaced its prompt meanwhile."""
+        if self.chain is None:
+            return
+        if self.owns_prompt(req):
+            req.origin_input_ids = self.raw_ids
+            req.full_untruncated_fill_ids = array("q")
+            req.logprob_start_len = self._raw_logprob_start
+        self._raw_logprob_start = None
+        self.chain = None
+        self.compact_ids = None
+
+    def make_plan(self, config: MetaSoftConfig, page_size: int, prompt_tokens: int | None = None) -> None:
+        """Plan the next span, for the whole prompt or for its first ``prompt_tokens``.
+
+        Once any part of the prompt is compressed, "too short" only means that the rest is not worth a segment yet.
+        """
+        self.plan = None
+        if self.refusal or self.skipped:
+            return
+        plan = plan_span(
+            config,
+            prompt_tokens=len(self.raw_ids) if prompt_tokens is None else prompt_tokens,
+            page_size=page_size,
+            chain_tokens=self.chain.tokens if self.chain else 0,
+            chain_slots=self.chain.slots if self.chain else 0,
+            options=self.options,
+        )
+        if isinstance(plan, Plan):
+            self.plan = plan
+        else:
+            self._no_plan = plan
+
+    def skip(self, reason: Bypass) -> None:
+        """Leave the request as it is, until it is scheduled anew."""
+        self.plan = None
+        self.skipped = reason
+
+    def restart(self, req) -> None:
+        """Forget everything that happened to the request's KV, after SGLang released it."""
+        self.restore_raw(req)
+        self.plan = None
+        self.skipped = None
+
+    def report(self) -> dict:
+        """The flat ``meta_info`` fields of the response."""
+        chain_tokens = self.chain.tokens if self.chain else 0
+        chain_slots = self.chain.slots if self.chain else 0
+        fields = {
+            "metasoft_span_tokens": chain_tokens,
+            "metasoft_kv_tokens": chain_slots + len(self.raw_ids) - chain_tokens,
+            "metasoft_reused_tokens": self.reused_tokens,
+        }
+        if chain_tokens == 0:
+            fields["metasoft_bypass"] = (self.refusal or self.skipped or self._no_plan).value
+        return fields

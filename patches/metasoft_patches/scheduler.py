@@ -1,0 +1,119 @@
+"""Hooks inside a scheduler process. Each translates one moment of SGLang's scheduling into a call of the compressor."""
+
+import torch
+
+from metasoft_patches.compressor import SchedulerCompressor
+from metasoft_patches.request import RequestState
+from metasoft_patches.transfer import to_device
+from sglang_metasoft.chains import FIRST_VIRTUAL_ID
+from sglang_metasoft.config import MetaSoftConfig, RequestOptions
+
+REPORT_FIELDS = ("metasoft_span_tokens", "metasoft_kv_tokens", "metasoft_reused_tokens", "metasoft_bypass")
+
+
+class SchedulerHooks:
+    """The hooks of one scheduler process; names as in :mod:`metasoft_patches.targets`."""
+
+    def __init__(self, config: MetaSoftConfig) -> None:
+        self.config = config
+        self.compressor: SchedulerCompressor | None = None
+
+    def scheduler_made(self, result, scheduler, *args, **kwargs) -> None:
+        """AFTER ``Scheduler.__init__``: model and pools exist."""
+        self.compressor = SchedulerCompressor(scheduler, self.config)
+
+    def request_made(self, req, scheduler, recv_req, *args, **kwargs) -> None:
+        """AFTER ``Scheduler._create_generation_req``."""
+        req.metasoft = RequestState(req, RequestOptions.parse(req.sampling_params.custom_params))
+
+    def output_streamer_class(self, streamer_class, scheduler) -> type:
+        """AFTER ``Scheduler.get_output_streamer_class``: one that adds our fields to each response."""
+        return make_reporting_streamer(streamer_class)
+
+    def batch_launched(self, result, scheduler, batch, *args, **kwargs) -> None:
+        """AFTER ``Scheduler.run_batch``, common to both event loops: the first moment after a prefill's launch."""
+        if batch.forward_mode.is_extend():
+            self.compressor.compress_finished(batch)
+
+    def match_prefix(self, original, req, tree_cache=None, *args, **kwargs):
+        """AROUND ``Req.init_next_round_input``: a waiting request may continue a compressed prefix."""
+        state = getattr(req, "metasoft", None)
+        if state is None or tree_cache is None or req.kv.holds_kv:
+            return original(req, tree_cache, *args, **kwargs)
+        return self.compressor.match_prefix(original, req, tree_cache, *args, **kwargs)
+
+    def cap_prefix(self, max_prefix_len: int, req, input_len: int) -> int | None:
+        """AFTER ``Req._compute_max_prefix_len``: the window stays the request's own until its span is compressed."""
+        state = getattr(req, "metasoft", None)
+        if state is None or state.plan is None:
+            return None
+        return min(max_prefix_len, state.plan.end_slots)
+
+    def request_retracted(self, result, req) -> None:
+        """AFTER ``Req.reset_for_retract``: the request starts again from its raw prompt."""
+        state = getattr(req, "metasoft", None)
+        if state is not None:
+            state.restart(req)
+
+    def prepare_extend(self, original, batch):
+        """AROUND ``ScheduleBatch.prepare_for_extend``: a last guard, and cached tokens in logical length."""
+        for req in batch.reqs:
+            ids = req.full_untruncated_fill_ids
+            if req.prefix_len < len(ids) and ids[req.prefix_len] >= FIRST_VIRTUAL_ID:
+                raise RuntimeError(f"metasoft: request {req.rid} would compute a virtual token at {req.prefix_len}")
+        result = original(batch)
+        for req in batch.reqs:
+            state: RequestState | None = getattr(req, "metasoft", None)
+            if state is not None and state.chain is not None and not state.is_reuse_counted:
+                state.is_reuse_counted = True
+                state.reused_tokens = state.chain.tokens
+                if not req.retracted_stain:
+                    req.cached_tokens += state.offset
+                    req.cached_tokens_device += state.offset
+        return result
+
+    def shift_positions(self, forward_batch, cls, batch, model_runner, *args, **kwargs) -> None:
+        """AFTER ``ForwardBatch.init_new``: tokens after a compressed span keep their logical RoPE positions."""
+        states = [getattr(req, "metasoft", None) for req in batch.reqs or ()]
+        offsets = [state.offset if state is not None else 0 for state in states]
+        if not any(offsets):
+            return
+        host = torch.tensor(offsets, dtype=torch.int64)
+        if not batch.forward_mode.is_decode():
+            host = host.repeat_interleave(torch.tensor(batch.extend_lens))
+        positions = forward_batch.positions
+        forward_batch.positions = positions + to_device(host, positions.dtype, positions.device)
+
+    def report_logical_length(self, original, accumulator, *, req):
+        """AROUND ``_GenerationStreamAccumulator.accept``: ``prompt_tokens`` counts the raw prompt."""
+        before = len(accumulator.prompt_tokens)
+        result = original(accumulator, req=req)
+        state = getattr(req, "metasoft", None)
+        if state is not None and len(accumulator.prompt_tokens) > before:
+            accumulator.prompt_tokens[-1] += state.offset
+        return result
+
+    def reserve_slots(self, reserve: int, adder, req, *, extend_input_len: int | None = None) -> int | None:
+        """AFTER ``PrefillAdder._request_slot_reserve_for_req``: room for the consolidated entries.
+
+        A request that already holds KV asks for nothing: SGLang would park its next chunk, and others behind it.
+        """
+        state = getattr(req, "metasoft", None)
+        if state is None or state.plan is None or req.kv.holds_kv:
+            return None
+        return reserve + self.compressor.admission_reserve(req, is_admission=extend_input_len is None)
+
+
+def make_reporting_streamer(streamer_class: type) -> type:
+    """A subclass of SGLang's output streamer whose responses carry the ``metasoft_*`` fields."""
+
+    class ReportingStreamer(streamer_class):
+        has_additional_customized_info = True
+
+        def build_additional_customized_info(self, reqs) -> dict[str, list]:
+            info = super().build_additional_customized_info(reqs)
+            states = [getattr(req, "metasoft", None) for req in reqs]
+            reports = [state.report() if state is not None else {} for state in states]
+            return info | {name: [report.get(name) for report in reports] for name in REPORT_FIELDS}
+
+    return ReportingStreamer

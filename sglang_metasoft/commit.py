@@ -1,0 +1,103 @@
+"""The only writer of SGLang's KV pool and allocator: reserve slots, write entries, move a request onto them.
+
+A request's row before: ``[chain | span | tail]``; after: ``[chain | B new slots | tail]``. The tail's slots move, the
+span's go back to the allocator or stay in the radix tree. Nothing in here waits for the device.
+"""
+
+from array import array
+
+import torch
+from sglang.srt.mem_cache.common import evict_from_tree_cache
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from sglang_metasoft.radix import MetaSoftRadixCache
+from sglang_metasoft.types import MergedKV, Plan
+
+
+class Committer:
+    """Bound to one scheduler's pools and tree."""
+
+    def __init__(self, tree_cache: MetaSoftRadixCache) -> None:
+        self.tree_cache = tree_cache
+        self.allocator = tree_cache.token_to_kv_pool_allocator
+        self.req_to_token_pool = tree_cache.req_to_token_pool
+        self.pool = self.allocator.get_kvcache()
+
+    def reserve(self, num_slots: int) -> torch.Tensor | None:
+        """Allocate slots (whole pages) for consolidated entries, evicting unlocked tree nodes if need be.
+
+        Returns:
+            ``[num_slots]`` int64, or None if the pool has no room.
+        """
+        evict_from_tree_cache(self.tree_cache, num_slots)
+        return self.allocator.alloc(num_slots)
+
+    def give_back(self, slots: torch.Tensor) -> None:
+        """Free reserved slots that were not committed."""
+        self.allocator.free_segment(slots, start_pos=0)
+
+    def row(self, req) -> torch.Tensor:
+        """``[context]`` int32 view of the request's row in ``req_to_token``."""
+        return self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+
+    def write(self, layer, slots: torch.Tensor, merged: MergedKV) -> None:
+        """Write ``[B, G, d]`` consolidated entries of one layer into ``slots``.
+
+        Args:
+            layer: the model's ``RadixAttention``, for its id and its KV scales.
+        """
+        # set_kv_buffer divides by the scales in place when it quantises: these tensors are ours alone.
+        self.pool.set_kv_buffer(
+            layer,
+            KVWriteLoc(slots, None, physical=True),
+            merged.key,
+            merged.value,
+            layer.k_scale_float,
+            layer.v_scale_float,
+        )
+
+    def commit(
+        self,
+        req,
+        plan: Plan,
+        new_slots: torch.Tensor,
+        compact_prompt_ids: array,
+        keep_raw: bool,
+        is_last_chunk: bool,
+    ) -> None:
+        """Put the request onto its consolidated entries and insert them into the radix tree.
+
+        The span's slots that the request owns are freed, or, with ``keep_raw``, inserted as raw nodes that are
+        unlocked here. Afterwards the request locks the chain alone.
+
+        Args:
+            req: its span is computed up to ``req.extend_end``; ``cache_protected_len <= plan.end_slots``.
+            new_slots: ``[B]`` already written.
+            compact_prompt_ids: the prompt with the span's ids replaced by B virtual ids.
+            is_last_chunk: else the tail belongs to the next span and is not inserted.
+        """
+        row = self.row(req)
+        start, end = plan.start_slots, plan.end_slots
+        row_end = req.extend_end
+        if keep_raw and end > req.kv.cache_protected_len:
+            self.tree_cache.checkpoint_raw(req, up_to=end)
+        owned_from = max(req.kv.cache_protected_len, start)
+        owned_raw = row[owned_from:end].to(torch.int64)
+        compact_end = row_end - plan.saved_slots
+        moved = torch.cat([new_slots.to(row.dtype), row[end:row_end]])
+        row[start:compact_end] = moved
+        if end > owned_from:
+            self.allocator.free_segment(owned_raw, start_pos=owned_from)
+
+        req.origin_input_ids = compact_prompt_ids
+        req.full_untruncated_fill_ids = array("q")
+        req.refresh_fill_ids()
+        req.extend_end = compact_end
+        req.already_computed = compact_end
+        req.kv.kv_allocated_len = compact_end
+        req.kv.kv_committed_len = compact_end
+        req.kv.cache_protected_len = start
+        req.kv.cache_inserted_len = min(req.kv.cache_inserted_len, start)
+        # At once: a later checkpoint would leave a window in which the index knows a chain that the tree lacks.
+        self.tree_cache.checkpoint(req, up_to=compact_end if is_last_chunk else start + plan.kept_slots)
+        req.prefix_len = compact_end

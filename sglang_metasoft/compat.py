@@ -1,0 +1,211 @@
+"""What MetaSoft works with: the supported SGLang versions and the refused features, as data.
+
+The start-up check and README's support matrix are both generated from :data:`REFUSED`.
+"""
+
+import os
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+SUPPORTED_SGLANG = ("0.5.23",)
+
+
+class Refusal(NamedTuple):
+    """A feature that cannot run together with compression (yet)."""
+
+    feature: str
+    setting: str  # what the user set, for the message
+    is_on: Callable[[Any, Any], bool]  # resolved server arguments, model configuration
+    why: str
+
+
+def _arch_is_plain(model: Any) -> bool:
+    return model.attention_arch.name == "MHA"
+
+
+REFUSED = (
+    Refusal(
+        "speculative decoding",
+        "--speculative-algorithm",
+        lambda args, model: args.speculative_algorithm is not None,
+        "draft and target would disagree about positions",
+    ),
+    Refusal(
+        "prefill/decode disaggregation",
+        "--disaggregation-mode",
+        lambda args, model: args.disaggregation_mode != "null",
+        "the transfer protocol sends raw prompts",
+    ),
+    Refusal(
+        "pipeline parallelism",
+        "--pp-size",
+        lambda args, model: args.pp_size > 1,
+        "the probe needs all layers in one process",
+    ),
+    Refusal(
+        "attention data parallelism",
+        "--enable-dp-attention",
+        lambda args, model: args.enable_dp_attention or (args.attn_dp_size or 1) > 1,
+        "the probe would have to run in step on all ranks",
+    ),
+    Refusal(
+        "context parallelism",
+        "--attn-cp-size, --dcp-size",
+        lambda args, model: (args.attn_cp_size or 1) > 1 or (args.dcp_size or 1) > 1,
+        "a prompt's entries are spread over ranks",
+    ),
+    Refusal(
+        "KV-cache sharding",
+        "--enable-kv-cache-sharding",
+        lambda args, model: args.enable_kv_cache_sharding,
+        "a prompt's entries are spread over ranks",
+    ),
+    Refusal(
+        "two-batch overlap",
+        "--enable-two-batch-overlap",
+        lambda args, model: args.enable_two_batch_overlap,
+        "positions are split before the offset is added",
+    ),
+    Refusal("PD multiplexing", "--enable-pdmux", lambda args, model: args.enable_pdmux, "it has its own event loop"),
+    Refusal(
+        "HiCache",
+        "--enable-hierarchical-cache",
+        lambda args, model: args.enable_hierarchical_cache,
+        "a declined load-back would leave virtual tokens to compute",
+    ),
+    Refusal("LMCache", "--enable-lmcache", lambda args, model: args.enable_lmcache, "it replaces the radix cache"),
+    Refusal("FlexKV", "--enable-flexkv", lambda args, model: args.enable_flexkv, "it replaces the radix cache"),
+    Refusal(
+        "external cache linker",
+        "--enable-unified-cache-external-linker",
+        lambda args, model: args.enable_unified_cache_external_linker,
+        "it stores KV under raw token ids",
+    ),
+    Refusal("HiSparse", "--enable-hisparse", lambda args, model: args.enable_hisparse, "it manages the pool itself"),
+    Refusal(
+        "another radix cache",
+        "--radix-cache-backend",
+        lambda args, model: args.radix_cache_backend not in (None, "metasoft"),
+        "MetaSoft brings its own",
+    ),
+    Refusal(
+        "no radix cache",
+        "--disable-radix-cache",
+        lambda args, model: args.disable_radix_cache,
+        "compressed prompts live in it",
+    ),
+    Refusal(
+        "another eviction policy",
+        "--radix-eviction-policy",
+        lambda args, model: args.radix_eviction_policy not in ("lru", "priority"),
+        "raw spans have to be evicted before compressed ones; allowed: lru, priority",
+    ),
+    Refusal(
+        "sessions",
+        "--enable-streaming-session, --enable-session-radix-cache",
+        lambda args, model: args.enable_streaming_session or args.enable_session_radix_cache,
+        "a session keeps raw KV rows",
+    ),
+    Refusal("KV canary", "--kv-canary", lambda args, model: args.kv_canary not in (None, "none"), "it expects raw KV"),
+    Refusal(
+        "diffusion language models",
+        "--dllm-algorithm",
+        lambda args, model: args.dllm_algorithm is not None,
+        "they rewrite their prompt's KV",
+    ),
+    Refusal("embedding models", "--is-embedding", lambda args, model: args.is_embedding, "they do not decode"),
+    Refusal(
+        "multi-item scoring", "--enable-mis", lambda args, model: args.enable_mis, "items are told apart by position"
+    ),
+    Refusal(
+        "strip-thinking cache",
+        "--strip-thinking-cache",
+        lambda args, model: args.strip_thinking_cache,
+        "it cuts requests by prompt length",
+    ),
+    Refusal(
+        "unified memory pool",
+        "--enable-unified-memory",
+        lambda args, model: args.enable_unified_memory,
+        "slots are virtual there",
+    ),
+    Refusal(
+        "the Rust server",
+        "SGLANG_RUST_SERVER=1",
+        lambda args, model: os.getenv("SGLANG_RUST_SERVER", "0").lower() in ("1", "true"),
+        "it does not report MetaSoft's fields",
+    ),
+    Refusal(
+        "gRPC and Ray front ends",
+        "--smg-grpc-mode, --grpc-mode, --use-ray",
+        lambda args, model: args.smg_grpc_mode or args.grpc_mode or args.use_ray,
+        "requests are not checked there",
+    ),
+    Refusal(
+        "FP4 KV cache",
+        "--kv-cache-dtype",
+        lambda args, model: "fp4" in str(args.kv_cache_dtype) or "mxfp8" in str(args.kv_cache_dtype),
+        "entries cannot be rewritten one by one",
+    ),
+    Refusal(
+        "MLA and state-space models",
+        "--model-path",
+        lambda args, model: not _arch_is_plain(model),
+        "there are no per-head keys and values",
+    ),
+    Refusal(
+        "sliding-window and hybrid models",
+        "--model-path",
+        lambda args, model: model.is_hybrid_swa or model.sliding_window_size is not None,
+        "window layers cannot drop entries",
+    ),
+    Refusal(
+        "models with 3-D positions (M-RoPE)",
+        "--model-path",
+        lambda args, model: model.model_is_mrope,
+        "the position offset is one number",
+    ),
+    Refusal(
+        "encoder-decoder models",
+        "--model-path",
+        lambda args, model: model.is_encoder_decoder,
+        "cross attention has a cache of its own",
+    ),
+    Refusal(
+        "models that do not generate",
+        "--model-path",
+        lambda args, model: not model.is_generation,
+        "there is nothing to decode",
+    ),
+)
+
+
+def check_sglang_version() -> None:
+    """Raise ValueError, naming the supported versions, unless the installed SGLang is one of them."""
+    installed = version("sglang")
+    if installed not in SUPPORTED_SGLANG:
+        raise ValueError(
+            f"--enable-metasoft: SGLang {installed} is not supported; supported: {', '.join(SUPPORTED_SGLANG)}"
+        )
+
+
+def check_features(args: Any, model: Any) -> None:
+    """Refuse a server whose features cannot run together with compression.
+
+    Args:
+        args: resolved server arguments.
+        model: SGLang's ``ModelConfig``.
+
+    Raises:
+        ValueError: one sentence with the feature, the setting and the reason.
+    """
+    for refusal in REFUSED:
+        if refusal.is_on(args, model):
+            raise ValueError(f"--enable-metasoft cannot run with {refusal.feature} ({refusal.setting}): {refusal.why}")
+
+
+def support_matrix() -> str:
+    """README's table of refused features, in Markdown."""
+    rows = [f"| {refusal.feature} | `{refusal.setting}` | {refusal.why} |" for refusal in REFUSED]
+    return "\n".join(["| refused with `--enable-metasoft` | setting | why |", "|---|---|---|", *rows])

@@ -1,0 +1,248 @@
+"""The settings of one server: their defaults, allowed values and help texts, in one table.
+
+Command-line flags, ``sgl.Engine`` keywords, ``--metasoft-config`` JSON and the per-request fields are all
+generated from :class:`MetaSoftConfig`, so a setting is described and checked in one place.
+"""
+
+import dataclasses
+import json
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+METHODS = {  # loaded lazily by sglang_metasoft.score.load_method
+    "metasoft": "sglang_metasoft.score.metasoft:MetaSoft",
+    "snapkv": "sglang_metasoft.score.snapkv:SnapKV",
+}
+CONSOLIDATIONS = ("none", "attention_flow")
+NO_COMPRESSION = 1
+
+
+def _setting(default: Any, *, flag: str | None, allowed: str, check: Callable[[Any], bool], help: str) -> Any:
+    """A field with its command-line flag (None: JSON only), the allowed values in words, and their check."""
+    metadata = {"flag": flag, "allowed": allowed, "check": check, "help": help}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_ratio(value: Any) -> bool:
+    return _is_number(value) and value >= 1
+
+
+def _is_int_from(low: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaSoftConfig:
+    """Settings of the compressor, validated on construction.
+
+    Raises:
+        ValueError: a value is outside its allowed range; the message names both.
+    """
+
+    ratio: float = _setting(
+        4.0,
+        flag="--metasoft-ratio",
+        allowed="a number >= 1 (1 keeps every entry)",
+        check=_is_ratio,
+        help="Prompt tokens per kept KV entry, the raw window counted as kept.",
+    )
+    budget: int | None = _setting(
+        None,
+        flag="--metasoft-budget",
+        allowed="an integer >= 1",
+        check=_or_none(_is_int_from(1)),
+        help="Kept KV entries per prompt, the raw window included; overrides the ratio.",
+    )
+    min_tokens: int = _setting(
+        512,
+        flag="--metasoft-min-tokens",
+        allowed="an integer >= 1",
+        check=_is_int_from(1),
+        help="A span shorter than this many tokens stays raw.",
+    )
+    window: int = _setting(
+        64,
+        flag="--metasoft-window",
+        allowed="an integer >= 1",
+        check=_is_int_from(1),
+        help="Last prompt tokens that always stay raw.",
+    )
+    sink: int = _setting(
+        4,
+        flag="--metasoft-sink",
+        allowed="an integer >= 0",
+        check=_is_int_from(0),
+        help="First prompt tokens that are always kept.",
+    )
+    method: str = _setting(
+        "metasoft",
+        flag="--metasoft-method",
+        allowed=f"one of: {', '.join(METHODS)}",
+        check=lambda value: isinstance(value, str) and value in METHODS,
+        help="How the importance of a KV entry is measured.",
+    )
+    path: str | None = _setting(
+        None,
+        flag="--metasoft-path",
+        allowed="a directory or a hub id",
+        check=_or_none(_is_text),
+        help="Trained compressor: a directory or hub id with config.json and model.safetensors. "
+        "Without it the soft tokens are untrained but deterministic.",
+    )
+    keep_raw: bool = _setting(
+        True,
+        flag="--metasoft-keep-raw",
+        allowed="true or false",
+        check=_is_bool,
+        help="Leave the raw KV of a compressed span in the radix tree, unlocked and first to be evicted, "
+        "so that another prompt over the same document still hits it.",
+    )
+    during_prefill: bool = _setting(
+        False,
+        flag="--metasoft-during-prefill",
+        allowed="true or false",
+        check=_is_bool,
+        help="With chunked prefill, compress after each chunk, so that a prompt may be longer than the free "
+        "pool, and admit prompts at their compressed size.",
+    )
+    consolidation: str | None = _setting(
+        None,
+        flag=None,
+        allowed=f"one of: {', '.join(CONSOLIDATIONS)}",
+        check=_or_none(lambda value: value in CONSOLIDATIONS),
+        help="What happens to the values of dropped entries. Default: the method's own.",
+    )
+    soft_tokens: int = _setting(
+        32,
+        flag=None,
+        allowed="an integer from 1 to 1024",
+        check=lambda value: _is_int_from(1)(value) and value <= 1024,
+        help="Soft tokens of the untrained probe; a trained compressor brings its own number.",
+    )
+    route_targets: int = _setting(
+        4,
+        flag=None,
+        allowed="an integer from 1 to 64",
+        check=lambda value: _is_int_from(1)(value) and value <= 64,
+        help="Kept entries that each dropped entry flows into (m).",
+    )
+    pool_kernel: int = _setting(
+        5,
+        flag=None,
+        allowed="an odd integer from 1 to 63",
+        check=lambda value: _is_int_from(1)(value) and value % 2 == 1 and value <= 63,
+        help="Width of SnapKV's average pooling over neighbouring entries.",
+    )
+    index_tokens: int = _setting(
+        16_777_216,
+        flag=None,
+        allowed="an integer >= 1",
+        check=_is_int_from(1),
+        help="Raw prompt tokens that the index of compressed prefixes remembers (8 bytes each, least recently "
+        "used first out).",
+    )
+    trace_dir: str | None = _setting(
+        None,
+        flag=None,
+        allowed="a directory",
+        check=_or_none(_is_text),
+        help="Write kept indices and compressed KV of every compression there. For verification only: slow.",
+    )
+    secret: str = dataclasses.field(default_factory=lambda: secrets.token_hex(16), repr=False)
+
+    def __post_init__(self) -> None:
+        for name, field in settings_of(type(self)).items():
+            check_setting(name, getattr(self, name), field)
+
+    def describe(self) -> str:
+        """One line of ``name=value`` for the start-up log; the secret stays out of it."""
+        return " ".join(f"{name}={getattr(self, name)}" for name in settings_of(type(self)))
+
+
+def settings_of(cls: type = MetaSoftConfig) -> dict[str, dataclasses.Field]:
+    """The user-visible fields by name."""
+    return {field.name: field for field in dataclasses.fields(cls) if field.metadata}
+
+
+def check_setting(name: str, value: Any, field: dataclasses.Field) -> None:
+    """Raise ValueError, naming the value and the allowed ones, unless ``value`` suits the setting."""
+    if not field.metadata["check"](value):
+        raise ValueError(f"metasoft {name}: {value!r} is not allowed; allowed: {field.metadata['allowed']}")
+
+
+def read_config_json(text: str) -> dict[str, Any]:
+    """Parse ``--metasoft-config``.
+
+    Args:
+        text: a JSON object with the setting names as keys.
+
+    Raises:
+        ValueError: not a JSON object, an unknown key, or a value out of range.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--metasoft-config is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--metasoft-config must be a JSON object, got {type(values).__name__}")
+    settings = settings_of()
+    for name, value in values.items():
+        if name not in settings:
+            raise ValueError(f"--metasoft-config: unknown key {name!r}; allowed: {', '.join(settings)}")
+        check_setting(name, value, settings[name])
+    return values
+
+
+class RequestOptions:
+    """What a client may set for one request, through ``custom_params``."""
+
+    FIELDS = {"metasoft_ratio": "ratio", "metasoft_budget": "budget"}
+
+    @classmethod
+    def parse(cls, custom_params: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The settings that ``custom_params`` overrides, checked.
+
+        Args:
+            custom_params: the request's ``custom_params``; keys without the prefix ``metasoft_`` are not ours.
+
+        Returns:
+            Setting name to value; empty if nothing is overridden.
+
+        Raises:
+            ValueError: an unknown ``metasoft_`` key or a value out of range (SGLang answers HTTP 400).
+        """
+        options = {}
+        for key, value in (custom_params or {}).items():
+            if not (isinstance(key, str) and key.startswith("metasoft_")):
+                continue
+            if key not in cls.FIELDS:
+                raise ValueError(f"custom_params: unknown key {key!r}; allowed: {', '.join(cls.FIELDS)}")
+            name = cls.FIELDS[key]
+            field = settings_of()[name]
+            if value is None or not field.metadata["check"](value):
+                raise ValueError(
+                    f"custom_params: {key}={value!r} is not allowed; allowed: {field.metadata['allowed']} "
+                    f"({NO_COMPRESSION} switches compression off)"
+                )
+            options[name] = value
+        if len(options) > 1:
+            raise ValueError("custom_params: give metasoft_ratio or metasoft_budget, not both")
+        return options

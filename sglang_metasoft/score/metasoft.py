@@ -1,0 +1,35 @@
+"""Meta-Soft (arXiv 2605.22337): soft tokens, composed from an orthogonal meta-library, probe the prompt."""
+
+from sglang_metasoft.score.base import Method
+from sglang_metasoft.soft_tokens import SoftTokens
+from sglang_metasoft.types import ModelShape, Probe, Prompt
+
+
+class MetaSoft(Method):
+    """Soft tokens appended after the prompt; what they attend to stays."""
+
+    def __init__(self, config, shape: ModelShape, embed, device) -> None:
+        super().__init__(config, shape, embed, device)
+        if config.path is None:
+            self.soft_tokens = SoftTokens.untrained(shape, config.soft_tokens, embed, device)
+        else:
+            self.soft_tokens = SoftTokens.load(config.path, shape, embed, device)
+
+    @property
+    def identity(self) -> str:
+        return f"MetaSoft:{self.soft_tokens.fingerprint}"
+
+    @property
+    def description(self) -> str:
+        kind = "untrained" if self.config.path is None else f"trained ({self.config.path})"
+        return f"{self.soft_tokens.count} {kind} soft tokens"
+
+    def probe(self, prompt: Prompt) -> Probe:
+        return Probe(
+            embeds=self.soft_tokens(self.embed, prompt.span_ids, prompt.tail_ids),
+            context_slots=prompt.context_slots,
+            first_position=prompt.context_tokens,
+        )
+
+    def gate_scale(self, layer, first_kv_head, num_kv_heads):
+        return self.soft_tokens.gate_scale[layer, first_kv_head : first_kv_head + num_kv_heads].unsqueeze(1)

@@ -1,0 +1,29 @@
+"""SnapKV (arXiv 2404.14469, section 4): the prompt's own last window observes the rest of it."""
+
+import torch
+from torch.nn.functional import avg_pool1d
+
+from sglang_metasoft.score.base import Method
+from sglang_metasoft.types import Probe, Prompt, Scores
+
+
+class SnapKV(Method):
+    """The window's tokens are run once more over the KV before them; importance is pooled over neighbours."""
+
+    default_consolidation = "none"
+
+    def probe(self, prompt: Prompt) -> Probe:
+        window = min(self.config.window, prompt.tail_ids.numel())
+        return Probe(
+            embeds=self.embed(prompt.tail_ids[-window:]),
+            context_slots=prompt.context_slots - window,
+            first_position=prompt.context_tokens - window,
+        )
+
+    def score(self, q, k_buffer, span_slots, lse, scale, k_scale) -> Scores:
+        raw = super().score(q, k_buffer, span_slots, lse, scale, k_scale).importance
+        return Scores(_pool(raw, self.config.pool_kernel))
+
+
+def _pool(importance: torch.Tensor, kernel: int) -> torch.Tensor:
+    return avg_pool1d(importance, kernel_size=kernel, stride=1, padding=kernel // 2)

@@ -1,0 +1,222 @@
+"""Soft tokens from an orthogonal meta-library (Meta-Soft, arXiv 2605.22337; see README, "The method").
+
+The library holds M orthonormal rows. A small selector reads features of the prompt, taken from the embedding
+table alone, and composes each soft token from a few rows. At inference nothing is sampled: the same prompt gives
+the same soft tokens, on every rank.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sglang_metasoft.score.base import Embed
+from sglang_metasoft.types import ModelShape
+
+FORMAT = "metasoft-compressor-1"
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+LIBRARY_ROWS = 512
+CHECK_ROWS = 32
+CHECK_COSINE = 0.99
+EMBED_BLOCK_TOKENS = 4096
+SEED = 2605
+
+
+class SoftTokens(nn.Module):
+    """Meta-library and selector.
+
+    Args:
+        hidden_size: D of the model.
+        rows: M, library rows, at most D.
+        count: k, soft tokens.
+        num_layers, num_kv_heads: of the whole model, for the gate's scale.
+        trunk: width of the selector's hidden layer.
+        query: width in which soft tokens and library rows are matched.
+        top: library rows that one soft token is composed of.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rows: int,
+        count: int,
+        num_layers: int,
+        num_kv_heads: int,
+        trunk: int = 256,
+        query: int = 32,
+        top: int = 8,
+    ) -> None:
+        super().__init__()
+        self.count, self.query, self.top = count, query, min(top, rows)
+        self.sizes = dict(
+            hidden_size=hidden_size,
+            rows=rows,
+            count=count,
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            trunk=trunk,
+            query=query,
+            top=top,
+        )
+        self.library = nn.Parameter(torch.empty(rows, hidden_size))
+        self.trunk = nn.Linear(2 * hidden_size, trunk)
+        self.to_query = nn.Linear(trunk, count * query)
+        self.row_keys = nn.Parameter(torch.empty(rows, query))
+        self.bias = nn.Parameter(torch.empty(count, rows))
+        self.norm = nn.Parameter(torch.ones(()))
+        self.gate_scale = nn.Parameter(torch.ones(num_layers, num_kv_heads))
+        # A few rows of the model's embedding table, to recognise the model again.
+        self.register_buffer("embedding_check", torch.zeros(CHECK_ROWS, hidden_size))
+
+    def features(self, embed: Embed, span_ids: torch.Tensor, tail_ids: torch.Tensor) -> torch.Tensor:
+        """``[2 D]`` float32: mean embedding of the span and of the tail after it, each scaled to unit RMS."""
+        total = sum(embed(block).float().sum(0) for block in span_ids.split(EMBED_BLOCK_TOKENS))
+        means = torch.stack([total / span_ids.numel(), embed(tail_ids).float().mean(0)])
+        return nn.functional.rms_norm(means, means.shape[-1:]).flatten()
+
+    def selection_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """``[k, M]`` logits over the library rows from ``[2 D]`` features."""
+        queries = self.to_query(nn.functional.silu(self.trunk(features))).view(self.count, self.query)
+        return queries @ self.row_keys.t() + self.bias
+
+    def compose(self, logits: torch.Tensor) -> torch.Tensor:
+        """``[k, D]`` soft tokens: softmax over the best ``top`` rows of each, times the learned norm."""
+        best = logits.topk(self.top, dim=-1)
+        weights = torch.zeros_like(logits).scatter(-1, best.indices, best.values.softmax(-1))
+        return self.norm * (weights @ self.library)
+
+    @torch.no_grad()
+    def forward(self, embed: Embed, span_ids: torch.Tensor, tail_ids: torch.Tensor) -> torch.Tensor:
+        """``[k, D]`` float32 soft tokens for a prompt."""
+        return self.compose(self.selection_logits(self.features(embed, span_ids, tail_ids)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all weights: two compressors that could differ in a result have different ones."""
+        return self._fingerprint
+
+    def seal(self, device: torch.device) -> "SoftTokens":
+        """Fix the weights for inference and compute the fingerprint."""
+        digest = hashlib.sha256(json.dumps(self.sizes, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        self._fingerprint = digest.hexdigest()[:16]
+        return self.requires_grad_(False).eval().to(device)
+
+    @classmethod
+    def untrained(cls, shape: ModelShape, count: int, embed: Embed, device: torch.device) -> "SoftTokens":
+        """Deterministic soft tokens for any model: orthonormal rows from its own embedding table, fixed selector."""
+        generator = torch.Generator().manual_seed(SEED)
+        rows = min(LIBRARY_ROWS, shape.hidden_size)
+        ids = torch.randperm(shape.vocab_size, generator=generator)[:rows]
+        table = embed(ids.to(device)).double().cpu()
+        module = cls(shape.hidden_size, rows, count, shape.num_layers, shape.num_kv_heads)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if name not in ("norm", "gate_scale"):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            module.bias.mul_(10)
+            q, r = torch.linalg.qr(table.t())
+            module.library.copy_((q * r.diagonal().sign()).t())
+            module.norm.fill_(table.norm(dim=-1).mean())
+            module.embedding_check.copy_(_check_rows(shape, embed, device))
+        return module.seal(device)
+
+    def save(self, folder: Path, shape: ModelShape) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"format": FORMAT, "model": shape._asdict(), "sizes": self.sizes}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS_NAME)
+
+    @classmethod
+    def load(cls, path: str, shape: ModelShape, embed: Embed, device: torch.device) -> "SoftTokens":
+        """Load a trained compressor for the served model.
+
+        Args:
+            path: directory or hub id with ``config.json`` and ``model.safetensors``.
+
+        Raises:
+            ValueError: files missing or damaged, or trained for another model; both models are named.
+        """
+        folder = resolve_folder(path)
+        config = check_compressor(path, shape, folder)
+        module = cls(**config["sizes"])
+        try:
+            module.load_state_dict(load_file(folder / WEIGHTS_NAME))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(f"metasoft path: {path!r}: {WEIGHTS_NAME} cannot be read: {error}") from None
+        found = _check_rows(shape, embed, device)
+        cosine = nn.functional.cosine_similarity(found, module.embedding_check.float(), dim=-1).min().item()
+        if not cosine >= CHECK_COSINE:
+            raise ValueError(
+                f"metasoft path: {path!r} was trained for {config['model']['name']!r}, whose embedding table is not "
+                f"that of the served model {shape.name!r} (smallest cosine of compared rows {cosine:.3f})"
+            )
+        return module.seal(device)
+
+
+def _check_rows(shape: ModelShape, embed: Embed, device: torch.device) -> torch.Tensor:
+    """``[CHECK_ROWS, D]`` float32 on the CPU: evenly spaced rows of the embedding table."""
+    ids = torch.arange(CHECK_ROWS) * (shape.vocab_size // CHECK_ROWS)
+    return embed(ids.to(device)).float().cpu()
+
+
+def resolve_folder(path: str) -> Path:
+    """The directory of a compressor; a hub id is downloaded, the two known files only.
+
+    Raises:
+        ValueError: neither a directory nor something that the hub could give.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    except Exception as error:
+        raise ValueError(
+            f"metasoft path: {path!r} is no directory and could not be downloaded as a hub id: {error}"
+        ) from None
+
+
+def check_compressor(path: str, shape: ModelShape, folder: Path | None = None) -> dict:
+    """Read a compressor's configuration and check it against the served model, without loading weights.
+
+    Raises:
+        ValueError: missing or damaged files, or a compressor for another model, size or head layout.
+    """
+    folder = folder or resolve_folder(path)
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"metasoft path: {path!r} lacks {' and '.join(missing)}")
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        found_format, trained_for, sizes = config["format"], config["model"], config["sizes"]
+        expected = dict(hidden_size=shape.hidden_size, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads)
+        wrong = {
+            field: (trained_for[field], value)
+            for field, value in shape._asdict().items()
+            if field != "name" and trained_for[field] != value
+        }
+        wrong |= {field: (sizes[field], value) for field, value in expected.items() if sizes[field] != value}
+        checked_sizes = {name: int(value) for name, value in sizes.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"metasoft path: {path!r}: {CONFIG_NAME} is no compressor configuration: {error!r}") from None
+    if found_format != FORMAT:
+        raise ValueError(f"metasoft path: {path!r} has format {found_format!r}; allowed: {FORMAT!r}")
+    if wrong:
+        details = ", ".join(f"{field} {a} there, {b} here" for field, (a, b) in wrong.items())
+        raise ValueError(
+            f"metasoft path: {path!r} was trained for {trained_for['name']!r} and does not fit the served model "
+            f"{shape.name!r}: {details}"
+        )
+    config["sizes"] = checked_sizes
+    return config

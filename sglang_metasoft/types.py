@@ -1,0 +1,126 @@
+"""What the stages hand to each other: request -> policy -> probe -> score -> route -> merge -> commit -> radix.
+
+Letters in shapes: S entries of the span that is compressed, B of them kept, N = S - B dropped, H query heads,
+G KV heads, r = H / G, d head size, t probe tokens, C entries before the probe, m targets of a dropped entry.
+"""
+
+import enum
+from typing import NamedTuple
+
+import torch
+
+
+class Bypass(str, enum.Enum):
+    """Why a request is served uncompressed; the value is what ``metasoft_bypass`` reports."""
+
+    TOO_SHORT = "too_short"
+    NOTHING_TO_DROP = "nothing_to_drop"
+    OPTED_OUT = "opted_out"
+    PROMPT_LOGPROBS = "prompt_logprobs"
+    NO_OUTPUT = "no_output"
+    FINISHES_NOW = "finishes_now"
+    MULTIMODAL = "multimodal"
+    INPUT_EMBEDS = "input_embeds"
+    EMBED_OVERRIDES = "embed_overrides"
+    SESSION = "session"
+    LORA = "lora"
+    BEAM_SEARCH = "beam_search"
+    CUSTOM_LOGIT_PROCESSOR = "custom_logit_processor"
+    WATERMARK = "watermark"
+    ROUTED_EXPERTS = "routed_experts"
+    SHARED_WINDOW = "shared_window"
+    NO_FREE_SLOTS = "no_free_slots"
+    FAULT = "fault"
+
+
+class ModelShape(NamedTuple):
+    """The model, as far as a compressor has to know it. Counts are of the whole model, not of one rank."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Plan(NamedTuple):
+    """What to compress of one request; follows from lengths alone, so the host knows it without the GPU.
+
+    The request's row holds ``start_slots`` entries of earlier segments, then the span, then the raw tail.
+    """
+
+    start_slots: int  # entries before the span in the request's row
+    span_tokens: int  # raw entries to compress (S), a multiple of the page
+    kept_slots: int  # entries they become (B), a multiple of the page, B <= S
+    sink_tokens: int  # first entries of the span that are always kept
+
+    @property
+    def end_slots(self) -> int:
+        """Row index just past the span, before compression."""
+        return self.start_slots + self.span_tokens
+
+    @property
+    def saved_slots(self) -> int:
+        """Slots that the compression frees; also what the position offset grows by."""
+        return self.span_tokens - self.kept_slots
+
+
+class Prompt(NamedTuple):
+    """One prompt to probe."""
+
+    span_ids: torch.Tensor  # [S] int64, token ids of the span
+    tail_ids: torch.Tensor  # [window] int64, token ids after it
+    context_slots: int  # entries in the request's row
+    context_tokens: int  # logical length they stand for
+
+
+class Probe(NamedTuple):
+    """The tokens that probe one prompt."""
+
+    embeds: torch.Tensor  # [t, D]
+    context_slots: int  # entries of the row that they see (C)
+    first_position: int  # logical position of the first; the others follow
+
+
+class LayerPool(NamedTuple):
+    """One layer of the token-to-KV pool."""
+
+    key: torch.Tensor  # [slots, G, d]
+    value: torch.Tensor  # [slots, G, d]
+    scale: float  # factor on q.k
+    key_scale: float  # what quantised entries are multiplied by on reading
+    value_scale: float
+
+
+class Job(NamedTuple):
+    """One request's compression: where its entries lie and where the consolidated ones go."""
+
+    plan: Plan
+    probe: Probe
+    context_slots: torch.Tensor  # [C] int64, the slots that the probe sees
+    span_slots: torch.Tensor  # [S] int64
+    new_slots: torch.Tensor  # [B] int64
+
+
+class Scores(NamedTuple):
+    """Importance of every span entry: ``[G, S]`` float32."""
+
+    importance: torch.Tensor
+
+
+class Routes(NamedTuple):
+    """Which entries stay and where the rest flows; indices count from the start of the span."""
+
+    kept: torch.Tensor  # [G, B] int64, ascending
+    dropped: torch.Tensor  # [G, N] int64, ascending
+    targets: torch.Tensor  # [G, N, m] int64, index into the B kept entries
+    weights: torch.Tensor  # [G, N, m] float32, rows sum to 1
+
+
+class MergedKV(NamedTuple):
+    """The consolidated entries of one layer, in the pool's layout: ``[B, G, d]`` each."""
+
+    key: torch.Tensor
+    value: torch.Tensor

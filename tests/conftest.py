@@ -1,0 +1,58 @@
+"""Shared fixtures: the demo model, real text, and real servers."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_metasoft.demo import model as demo_model
+from sglang_metasoft.demo.server import Server
+
+DEMO_FOLDER = Path(os.environ.get("METASOFT_DEMO_DIR", Path(__file__).parents[1] / ".demo"))
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The demo model, downloaded and converted once."""
+    return demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir)
+
+
+@pytest.fixture(scope="session")
+def document() -> str:
+    """The shipped public-domain document (about 5,000 tokens)."""
+    return (Path(__file__).parents[1] / "sglang_metasoft" / "demo" / "document.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def document_ids(tokenizer, document) -> list[int]:
+    return tokenizer(document)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def start_server(model_dir, tmp_path_factory):
+    """Start a server with further flags; stopped when the module's tests end, or when the next one starts."""
+    running: list[Server] = []
+
+    def start(*flags: str, **kwargs) -> Server:
+        while running:
+            running.pop().stop()
+        server = Server(model_dir, flags, log=tmp_path_factory.mktemp("server") / "server.log", **kwargs)
+        running.append(server)
+        return server
+
+    yield start
+    while running:
+        running.pop().stop()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

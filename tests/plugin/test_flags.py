@@ -1,0 +1,202 @@
+"""Flags, keywords and start-up checks, through SGLang's own parser and record, before any model loads."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import sglang.srt.plugins as plugins
+
+from sglang_metasoft import compat
+from sglang_metasoft.config import settings_of
+
+plugins.load_plugins()
+
+from sglang.srt.entrypoints.engine import Engine  # noqa: E402
+from sglang.srt.plugins.hook_registry import HookRegistry  # noqa: E402
+from sglang.srt.server_args import ServerArgs, prepare_server_args  # noqa: E402
+
+CARRIER = "_metasoft"
+
+
+@pytest.fixture
+def parse(model_dir):
+    return lambda *flags: prepare_server_args(["--model-path", str(model_dir), *flags])
+
+
+def test_help_lists_every_flag_in_its_own_group(capsys):
+    with pytest.raises(SystemExit):
+        prepare_server_args(["--help"])
+    text = capsys.readouterr().out
+    group = text[text.index("MetaSoft:") :]
+    assert "--enable-metasoft" in group and "--metasoft-config" in group
+    for field in settings_of().values():
+        if field.metadata["flag"]:
+            assert field.metadata["flag"] in group
+
+
+def test_without_the_flag_nothing_is_configured(parse):
+    args = parse()
+    assert getattr(args, CARRIER) is None and args.radix_cache_backend is None
+
+
+def test_flags_and_json_make_the_configuration(parse):
+    args = parse(
+        "--enable-metasoft", "--metasoft-ratio", "8", "--metasoft-window", "32", "--no-metasoft-keep-raw",
+        "--metasoft-config", json.dumps({"route_targets": 2}),
+    )  # fmt: skip
+    config = getattr(args, CARRIER)
+    assert (config.ratio, config.window, config.keep_raw, config.route_targets) == (8.0, 32, False, 2)
+    assert args.radix_cache_backend == "metasoft"
+
+
+def test_the_configuration_reaches_other_processes(parse):
+    args = parse("--enable-metasoft", "--metasoft-budget", "300")
+    config = getattr(pickle.loads(pickle.dumps(args)), CARRIER)
+    assert config == getattr(args, CARRIER) and config.budget == 300
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--metasoft-ratio", "0.5"], "0.5 is not allowed; allowed: a number >= 1"),
+        (["--metasoft-ratio", "four"], "'four' is not allowed; allowed: a number >= 1"),
+        (["--metasoft-budget", "0"], "0 is not allowed; allowed: an integer >= 1"),
+        (["--metasoft-budget", "2.5"], "'2.5' is not allowed"),
+        (["--metasoft-min-tokens", "0"], "0 is not allowed"),
+        (["--metasoft-window", "-3"], "-3 is not allowed"),
+        (["--metasoft-sink", "-1"], "-1 is not allowed"),
+        (["--metasoft-method", "magic"], "'magic' is not allowed; allowed: one of: metasoft, snapkv"),
+        (["--metasoft-config", "{"], "not JSON"),
+        (["--metasoft-config", '{"ration": 1}'], "unknown key 'ration'"),
+    ],
+)
+def test_a_bad_flag_is_named_with_the_allowed_values(parse, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        parse("--enable-metasoft", *flags)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_settings_without_the_switch_are_refused(parse):
+    with pytest.raises(ValueError, match="ratio given without --enable-metasoft"):
+        parse("--metasoft-ratio", "4")
+
+
+def test_a_setting_given_twice_is_refused(parse):
+    with pytest.raises(ValueError, match="ratio given both as a flag and in --metasoft-config"):
+        parse("--enable-metasoft", "--metasoft-ratio", "4", "--metasoft-config", '{"ratio": 8}')
+
+
+def test_engine_keywords_make_the_configuration(model_dir):
+    args = Engine.server_args_class(
+        model_path=str(model_dir), enable_metasoft=True, metasoft_ratio=8, metasoft_config={"window": 16}
+    )
+    config = getattr(args, CARRIER)
+    assert isinstance(args, ServerArgs) and (config.ratio, config.window) == (8, 16)
+    assert getattr(Engine.server_args_class(model_path=str(model_dir)), CARRIER) is None
+
+
+def test_an_unknown_engine_keyword_lists_the_known_ones(model_dir):
+    with pytest.raises(ValueError, match="unknown keyword 'metasoft_ration'; allowed: .*metasoft_ratio"):
+        Engine.server_args_class(model_path=str(model_dir), enable_metasoft=True, metasoft_ration=8)
+
+
+def check(args) -> None:
+    args.resolve_once()
+    args.check_server_args()
+
+
+def test_a_plain_server_with_the_flag_passes_the_checks(parse):
+    check(parse("--enable-metasoft"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "feature"),
+    [
+        (["--disable-radix-cache"], "no radix cache"),
+        (["--radix-eviction-policy", "lfu"], "another eviction policy"),
+        (["--pp-size", "2"], "pipeline parallelism"),
+        (["--enable-streaming-session"], "sessions"),
+        (["--is-embedding"], "embedding models"),
+        (["--strip-thinking-cache"], "strip-thinking cache"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_feature_that_cannot_work_together_is_refused(parse, flags, feature):
+    with pytest.raises(ValueError, match=f"--enable-metasoft cannot run with {feature}") as error:
+        check(parse("--enable-metasoft", *flags))
+    assert "\n" not in str(error.value)
+
+
+class PlainArgs:
+    """Resolved arguments of a server with nothing special, and a model of the supported kind."""
+
+    def __init__(self, parse):
+        from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
+
+        args = parse("--enable-metasoft")
+        args.resolve_once()
+        self.args, self.model = resolving_view(args), model_config_of(args)
+
+
+class Changed:
+    """An object that answers for another, but for the given attributes."""
+
+    def __init__(self, other, **changes):
+        self._other = other
+        self.__dict__.update(changes)
+
+    def __getattr__(self, name):
+        return getattr(self._other, name)
+
+
+REFUSED_VALUES = {
+    "speculative_algorithm": "EAGLE", "disaggregation_mode": "prefill", "enable_dp_attention": True,
+    "dcp_size": 2, "attn_cp_size": 2, "enable_kv_cache_sharding": True, "enable_two_batch_overlap": True,
+    "enable_pdmux": True, "enable_hierarchical_cache": True, "enable_lmcache": True, "enable_flexkv": True,
+    "enable_unified_cache_external_linker": True, "enable_hisparse": True, "radix_cache_backend": "flexkv",
+    "enable_session_radix_cache": True, "kv_canary": "log", "dllm_algorithm": "x", "enable_mis": True,
+    "enable_unified_memory": True, "smg_grpc_mode": True, "grpc_mode": True, "use_ray": True,
+    "kv_cache_dtype": "fp4_e2m1",
+}  # fmt: skip
+
+
+def test_every_refusal_looks_at_fields_that_exist(parse):
+    plain = PlainArgs(parse)
+    compat.check_features(plain.args, plain.model)
+    for name, value in REFUSED_VALUES.items():
+        getattr(plain.args, name)  # a renamed field must fail here, not pass unnoticed
+        with pytest.raises(ValueError, match="--enable-metasoft cannot run with"):
+            compat.check_features(Changed(plain.args, **{name: value}), plain.model)
+    for name, value in {
+        "is_hybrid_swa": True, "sliding_window_size": 4096, "model_is_mrope": True, "is_encoder_decoder": True,
+        "is_generation": False,
+    }.items():  # fmt: skip
+        getattr(plain.model, name)
+        with pytest.raises(ValueError, match="--enable-metasoft cannot run with"):
+            compat.check_features(plain.args, Changed(plain.model, **{name: value}))
+
+
+def test_the_rust_server_is_refused(parse, monkeypatch):
+    plain = PlainArgs(parse)
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(ValueError, match="the Rust server"):
+        compat.check_features(plain.args, plain.model)
+
+
+def test_another_sglang_version_is_refused_by_name(parse, monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda name: "0.6.0")
+    with pytest.raises(ValueError, match="SGLang 0.6.0 is not supported; supported: 0.5.23"):
+        parse("--enable-metasoft")
+
+
+def test_a_hook_that_did_not_take_stops_the_start(parse, monkeypatch):
+    path = "sglang.srt.sampling.sampling_params.SamplingParams.verify"
+    monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {path})
+    with pytest.raises(RuntimeError, match=f"these hooks did not take on SGLang .*: {path}"):
+        check(parse("--enable-metasoft"))
+
+
+def test_readme_has_the_support_matrix_of_the_code():
+    assert compat.support_matrix() in (Path(__file__).parents[2] / "README.md").read_text()

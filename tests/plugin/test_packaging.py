@@ -1,0 +1,69 @@
+"""A built wheel holds all three packages and registers both entry points; the checkout shadows nothing."""
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("sglang_metasoft", "metasoft_kernels", "metasoft_patches")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel, built and installed alone into an empty folder."""
+    folder = tmp_path_factory.mktemp("wheel")
+    python = [sys.executable, "-m"]
+    subprocess.run([*python, "build", "--wheel", "--no-isolation", "-o", folder, ROOT], check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    target = folder / "site"
+    subprocess.run([*python, "pip", "install", "-q", "--no-deps", "--target", target, wheel], check=True)
+    return target
+
+
+def test_the_wheel_registers_both_entry_points(installed):
+    (distribution,) = importlib.metadata.distributions(path=[str(installed)])
+    found = {entry.group: (entry.name, entry.value) for entry in distribution.entry_points}
+    assert found["sglang.srt.plugins"] == ("metasoft", "metasoft_patches:register")
+    assert found["sglang.srt.platforms"] == ("metasoft_cpu", "metasoft_patches.cpu_platform:activate")
+    assert found["console_scripts"] == ("sglang-metasoft", "sglang_metasoft.cli:main")
+    assert "sglang==0.5.23" in distribution.requires
+    assert distribution.metadata["License-Expression"] == "Apache-2.0"
+
+
+def test_the_wheel_imports_and_registers_without_the_checkout(installed, tmp_path):
+    script = (
+        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
+        f"import {', '.join(PACKAGES)}, metasoft_patches.cpu_platform as platform\n"
+        f"for module in ({', '.join(PACKAGES)}): assert module.__file__.startswith({str(installed)!r}), module\n"
+        "from sglang_metasoft.demo.conversation import DOCUMENT; assert len(DOCUMENT.read_text()) > 10_000\n"
+        "import torch; assert (platform.activate() is None) == torch.accelerator.is_available()\n"
+        "metasoft_patches.register()\n"
+        "from sglang.srt.plugins.hook_registry import HookRegistry; assert len(HookRegistry._hooks) >= 6\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+def test_the_editable_install_registers_too():
+    names = {entry.name for entry in importlib.metadata.entry_points(group="sglang.srt.plugins")}
+    assert "metasoft" in names
+
+
+def test_the_checkout_does_not_shadow_hugging_faces_kernels():
+    """transformers and SGLang import a package named ``kernels``; our folder of that name must not be it."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.origin is None or not spec.origin.startswith(str(ROOT / "kernels"))
+
+
+def test_the_cpu_platform_stays_out_where_it_is_not_wanted(monkeypatch):
+    from metasoft_patches import cpu_platform
+
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    assert cpu_platform.activate() is None
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert cpu_platform.activate() is None

@@ -1,0 +1,127 @@
+"""Meta-Soft once more, on Hugging Face alone, written from the method's description; no code shared with the package.
+
+Everything is dense and in float32: attention maps from eager attention, the whole affinity matrix, one head at a time.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, DynamicCache
+
+NEAR_TIE = 5e-4
+
+
+@dataclass
+class Compressed:
+    """One prompt's compressed cache: a list over layers, of a list over KV heads or of tensors."""
+
+    kept: list[list[list[int]]]
+    importance: list[torch.Tensor]  # [G, S]
+    keys: list[torch.Tensor]  # [G, B, d]
+    values: list[torch.Tensor]  # [G, B, d]
+    contested: list[torch.Tensor]  # [G, B] bool: some dropped entry's last target is decided by less than NEAR_TIE
+    raw: DynamicCache
+
+
+class Reference:
+    """The model in float32 and a compressor's folder."""
+
+    def __init__(self, model_dir: Path, compressor_dir: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.sizes = json.loads((compressor_dir / "config.json").read_text())["sizes"]
+        self.weights = load_file(compressor_dir / "model.safetensors")
+
+    def soft_tokens(self, span: list[int], tail: list[int]) -> torch.Tensor:
+        """[k, D]"""
+        table = self.model.get_input_embeddings().weight
+        features = []
+        for ids in (span, tail):
+            mean = torch.stack([table[i] for i in ids]).mean(dim=0)
+            features.append(mean / (mean.pow(2).mean() + torch.finfo(torch.float32).eps).sqrt())
+        w = self.weights
+        hidden = w["trunk.weight"] @ torch.cat(features) + w["trunk.bias"]
+        hidden = hidden * torch.sigmoid(hidden)
+        queries = (w["to_query.weight"] @ hidden + w["to_query.bias"]).reshape(self.sizes["count"], -1)
+        soft = []
+        for number, query in enumerate(queries):
+            logits = w["row_keys"] @ query + w["bias"][number]
+            rows = sorted(range(len(logits)), key=lambda row: -logits[row].item())[: self.sizes["top"]]
+            weights = torch.softmax(logits[rows], dim=0)
+            soft.append(sum(weight * w["library"][row] for weight, row in zip(weights, rows, strict=True)))
+        return w["norm"] * torch.stack(soft)
+
+    @torch.no_grad()
+    def compress(self, ids: list[int], window: int, kept_entries: int, sink: int, targets: int) -> Compressed:
+        """Prefill, probe, partition, consolidate."""
+        span_len = len(ids) - window
+        raw = self.model(torch.tensor([ids]), use_cache=True).past_key_values
+        layers = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in raw.layers]  # [G, L, d]
+        soft = self.soft_tokens(ids[:span_len], ids[span_len:])
+        count = len(soft)
+        probe = self.model(
+            inputs_embeds=soft[None],
+            past_key_values=_cache_of(layers),
+            position_ids=torch.arange(len(ids), len(ids) + count)[None],
+            output_attentions=True,
+        )
+        result = Compressed([], [], [], [], [], _cache_of(layers))
+        for number, (attention, (keys, values)) in enumerate(zip(probe.attentions, layers, strict=True)):
+            groups, _, d = keys.shape
+            per_group = attention[0].reshape(groups, -1, count, attention.shape[-1]).mean(dim=(1, 2))
+            mass = per_group[:, :span_len]
+            result.importance.append(mass)
+            kept_per_head, new_keys, new_values, contested_per_head = [], [], [], []
+            for g in range(groups):
+                by_mass = sorted(range(sink, span_len), key=lambda i: (-mass[g, i].item(), i))
+                kept = sorted(list(range(sink)) + by_mass[: kept_entries - sink])
+                dropped = sorted(set(range(span_len)) - set(kept))
+                k, v, a = keys[g], values[g], mass[g]
+                affinity = k[dropped] @ k[kept].T / d**0.5
+                routing = torch.zeros_like(affinity)
+                contested = torch.zeros(len(kept), dtype=torch.bool)
+                for row in range(len(dropped)):
+                    order = affinity[row].argsort(descending=True)
+                    best, last, next_best = order[:targets], order[targets - 1], order[targets]
+                    if affinity[row, last] - affinity[row, next_best] < NEAR_TIE:
+                        contested[last] = contested[next_best] = True
+                    routing[row, best] = torch.softmax(affinity[row, best], dim=0)
+                load = routing.sum(dim=0)
+                flow = (routing / (load + 1e-6)).T @ v[dropped]
+                moved = routing.T @ a[dropped]
+                gate = self.weights["gate_scale"][number, g] * moved / (a[kept] + moved)
+                kept_per_head.append(kept)
+                new_keys.append(k[kept])
+                new_values.append(v[kept] + gate[:, None] * (flow - v[kept]))
+                contested_per_head.append(contested)
+            result.kept.append(kept_per_head)
+            result.contested.append(torch.stack(contested_per_head))
+            result.keys.append(torch.stack(new_keys))
+            result.values.append(torch.stack(new_values))
+        return result
+
+    @torch.no_grad()
+    def next_token_logprobs(self, ids: list[int], span_len: int, compressed: Compressed) -> torch.Tensor:
+        """[vocab] after the last prompt token, recomputed over the compressed span and the raw window before it."""
+        window = slice(span_len, len(ids) - 1)
+        layers = [
+            (torch.cat([k, raw.keys[0][:, window]], dim=1), torch.cat([v, raw.values[0][:, window]], dim=1))
+            for k, v, raw in zip(compressed.keys, compressed.values, compressed.raw.layers, strict=True)
+        ]
+        out = self.model(
+            torch.tensor([ids[-1:]]),
+            past_key_values=_cache_of(layers),
+            position_ids=torch.tensor([[len(ids) - 1]]),
+        )
+        return out.logits[0, -1].log_softmax(-1)
+
+
+def _cache_of(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    cache = DynamicCache()
+    for number, (keys, values) in enumerate(layers):
+        cache.update(keys[None].clone(), values[None].clone(), number)
+    return cache

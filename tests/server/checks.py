@@ -1,0 +1,46 @@
+"""What several server tests check: the report of a response, and that the pool is whole again."""
+
+import time
+
+# SGLang checks its own books after every batch and whenever idle, and dies if they do not add up.
+STRICT_CHECKS = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+}
+
+
+def wait_until(server, is_reached, what: str) -> dict[str, float]:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        metrics = server.metrics()
+        if is_reached(metrics):
+            return metrics
+        time.sleep(0.5)
+    raise AssertionError(f"{what} not reached in 120 s: {metrics}")
+
+
+def wait_until_idle(server) -> dict[str, float]:
+    return wait_until(
+        server, lambda m: m["sglang:num_running_reqs"] == 0 and m["sglang:num_queue_reqs"] == 0, "idleness"
+    )
+
+
+def assert_pool_is_whole(server, pool_tokens: int, expects_faults: bool = False) -> None:
+    """Free and tree-held slots are the whole pool, and SGLang's own checks, set to raise, had nothing to say.
+
+    Args:
+        expects_faults: the log holds the tracebacks of compressions that failed on purpose.
+    """
+    # An idle server writes its gauges every 30 seconds.
+    wait_until_idle(server)
+    metrics = wait_until(server, lambda m: m["sglang:kv_used_tokens"] == 0, "an unused pool")
+    assert metrics["sglang:kv_available_tokens"] + metrics["sglang:kv_evictable_tokens"] == pool_tokens
+    text = server.log.read_text(errors="replace").lower()
+    words = ("leak", "mismatch") if expects_faults else ("leak", "mismatch", "traceback", "compression failed")
+    for word in words:
+        assert word not in text, server.log_tail(60)
+
+
+def metasoft(response: dict) -> dict:
+    meta = response["meta_info"]
+    return {key.removeprefix("metasoft_"): value for key, value in meta.items() if key.startswith("metasoft_")}

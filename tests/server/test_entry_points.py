@@ -1,0 +1,63 @@
+"""The other ways in: ``sgl.Engine`` and ``sglang serve``; and a start-up that must fail."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sglang_metasoft.demo.server import Server, ServerFailed
+
+pytestmark = pytest.mark.server
+
+ENGINE_SCRIPT = """
+import sys
+import sglang
+
+if __name__ == "__main__":
+    engine = sglang.Engine(model_path=sys.argv[1], enable_metasoft=True, metasoft_method="snapkv", metasoft_ratio=8)
+    ids = [100 + i % 900 for i in range(1000)]
+    for reused in (0, 936):
+        out = engine.generate(input_ids=ids, sampling_params={"max_new_tokens": 4, "temperature": 0})
+        meta = out["meta_info"]
+        assert meta["metasoft_kv_tokens"] == 125 and meta["metasoft_reused_tokens"] == reused, meta
+    try:
+        engine.generate("Hi", sampling_params={"custom_params": {"metasoft_ratio": -1}})
+    except ValueError as error:
+        assert "metasoft_ratio=-1 is not allowed" in str(error), error
+    else:
+        raise AssertionError("a bad value passed")
+    engine.shutdown()
+    print("engine is fine")
+"""
+
+
+def test_engine(model_dir, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ENGINE_SCRIPT)
+    done = subprocess.run([sys.executable, script, model_dir], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "engine is fine" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--metasoft-ratio", "0"], "'0' is not allowed; allowed: a number >= 1"),
+        (["--disable-radix-cache"], "--enable-metasoft cannot run with no radix cache"),
+        (["--metasoft-path", "/"], "metasoft path: '/' lacks config.json and model.safetensors"),
+    ],
+    ids=["value", "feature", "compressor"],
+)
+def test_a_wrong_start_fails_in_one_clear_sentence(model_dir, tmp_path, flags, words):
+    with pytest.raises(ServerFailed):
+        Server(model_dir, ["--enable-metasoft", *flags], log=tmp_path / "log")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert any(words.replace("'0'", "0") in line.replace("'0'", "0") for line in lines), "\n".join(lines[-20:])
+    assert "Load weight begin" not in "\n".join(lines)
+
+
+def test_sglang_serve(start_server, document_ids):
+    console_script = Path(sys.executable).with_name("sglang")
+    server = start_server("--enable-metasoft", entry=(str(console_script), "serve"))
+    meta = server.generate(document_ids[:800], 4)["meta_info"]
+    assert meta["metasoft_kv_tokens"] == 200

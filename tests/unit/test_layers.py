@@ -1,0 +1,54 @@
+"""Who may import whom: data walks one way, and only the outermost modules know SGLang."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAY_IMPORT_SGLANG = {"commit.py", "radix.py"}
+PROJECT = {"sglang_metasoft", "metasoft_kernels", "metasoft_patches"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+    return found
+
+
+def files(folder: str) -> list[Path]:
+    return sorted(ROOT.joinpath(folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files("sglang_metasoft"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_core_does_not_import_patches_and_seldom_sglang(path):
+    packages = {name.split(".")[0] for name in imports(path)}
+    assert "metasoft_patches" not in packages
+    if path.name not in MAY_IMPORT_SGLANG or path.parent.name != "sglang_metasoft":
+        assert "sglang" not in packages
+
+
+@pytest.mark.parametrize("path", files("kernels"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_kernels_import_no_project_code_but_their_own(path):
+    assert {name.split(".")[0] for name in imports(path)} <= {"torch", "triton", "flashinfer", "metasoft_kernels"}
+
+
+def test_types_and_config_import_no_project_code():
+    for name in ("types.py", "config.py"):
+        assert not {module.split(".")[0] for module in imports(ROOT / "sglang_metasoft" / name)} & PROJECT
+
+
+def test_targets_and_chains_need_neither_torch_nor_sglang():
+    for path in ("patches/metasoft_patches/targets.py", "sglang_metasoft/chains.py"):
+        assert not {module.split(".")[0] for module in imports(ROOT / path)} & {"torch", "sglang"}
+
+
+def test_no_module_is_long():
+    for folder in ("sglang_metasoft", "kernels", "patches"):
+        for path in files(folder):
+            assert len(path.read_text().splitlines()) <= 400, path

@@ -75,13 +75,17 @@ def make_virtual_ids(secret: str, namespace: Hashable, chain: Chain | None, span
 class ChainIndex:
     """Compressed prefixes by namespace, bounded, least recently used first out.
 
+    It also remembers the digests of whole prompts, so that it is known where a new prompt leaves earlier ones, even
+    after the tree has evicted those. That only decides where a segment ends, never what it holds.
+
     Args:
-        max_tokens: raw tokens remembered over all chains.
+        max_tokens: raw tokens remembered over all chains, and again over all prompts.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.num_tokens = 0
+        self._seen: OrderedDict[tuple[Hashable, bytes], None] = OrderedDict()
         self._buckets: dict[Hashable, list[Chain]] = {}
         self._recency: OrderedDict[int, tuple[Hashable, Chain]] = OrderedDict()
 
@@ -93,6 +97,22 @@ class ChainIndex:
         self.num_tokens = 0
         self._buckets.clear()
         self._recency.clear()
+        self._seen.clear()
+
+    def remember_prompt(self, tenant: Hashable, digests: list[bytes]) -> None:
+        """Note a prompt by its ``prefix_digests``."""
+        for digest in digests[1:]:
+            self._seen[tenant, digest] = None
+            self._seen.move_to_end((tenant, digest))
+        while len(self._seen) > max(self.max_tokens // BLOCK_TOKENS, 1):
+            self._seen.popitem(last=False)
+
+    def seen_tokens(self, tenant: Hashable, digests: list[bytes]) -> int:
+        """How many first tokens, in whole blocks, an earlier prompt of this tenant had too."""
+        for blocks in range(len(digests) - 1, 0, -1):
+            if (tenant, digests[blocks]) in self._seen:
+                return blocks * BLOCK_TOKENS
+        return 0
 
     def candidates(self, namespace: Hashable, ids: array, digests: list[bytes], limit: int) -> list[Chain]:
         """Chains that are proper prefixes of ``ids``, whose ``prefix_digests`` are given; longest first."""

@@ -32,6 +32,10 @@ class Committer:
         evict_from_tree_cache(self.tree_cache, num_slots)
         return self.allocator.alloc(num_slots)
 
+    def free_slots(self) -> int:
+        """Slots that are free, or would be after evicting all that is unlocked."""
+        return self.allocator.available_size() + self.tree_cache.evictable_size()
+
     def give_back(self, slots: torch.Tensor) -> None:
         """Free reserved slots that were not committed."""
         self.allocator.free_segment(slots, start_pos=0)
@@ -63,7 +67,7 @@ class Committer:
         new_slots: torch.Tensor,
         compact_prompt_ids: array,
         keep_raw: bool,
-        is_last_chunk: bool,
+        insert_tail: bool,
     ) -> None:
         """Put the request onto its consolidated entries and insert them into the radix tree.
 
@@ -74,7 +78,7 @@ class Committer:
             req: its span is computed up to ``req.extend_end``; ``cache_protected_len <= plan.end_slots``.
             new_slots: ``[B]`` already written.
             compact_prompt_ids: the prompt with the span's ids replaced by B virtual ids.
-            is_last_chunk: else the tail belongs to the next span and is not inserted.
+            insert_tail: else the tail belongs to the next span and is not inserted.
         """
         row = self.row(req)
         start, end = plan.start_slots, plan.end_slots
@@ -99,5 +103,5 @@ class Committer:
         req.kv.cache_protected_len = start
         req.kv.cache_inserted_len = min(req.kv.cache_inserted_len, start)
         # At once: a later checkpoint would leave a window in which the index knows a chain that the tree lacks.
-        self.tree_cache.checkpoint(req, up_to=compact_end if is_last_chunk else start + plan.kept_slots)
+        self.tree_cache.checkpoint(req, up_to=compact_end if insert_tail else start + plan.kept_slots)
         req.prefix_len = compact_end

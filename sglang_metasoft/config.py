@@ -214,7 +214,14 @@ def read_config_json(text: str) -> dict[str, Any]:
 class RequestOptions:
     """What a client may set for one request, through ``custom_params``."""
 
-    FIELDS = {"metasoft_ratio": "ratio", "metasoft_budget": "budget"}
+    FIELDS = {"metasoft_ratio": "ratio", "metasoft_budget": "budget", "metasoft_boundary": "boundary"}
+    BOUNDARY = _setting(
+        None,
+        flag=None,
+        allowed="an integer >= 1, less than the prompt's tokens",
+        check=_is_int_from(1),
+        help="Prompt tokens that other prompts share: they become a compressed segment of their own.",
+    )
 
     @classmethod
     def parse(cls, custom_params: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -236,13 +243,13 @@ class RequestOptions:
             if key not in cls.FIELDS:
                 raise ValueError(f"custom_params: unknown key {key!r}; allowed: {', '.join(cls.FIELDS)}")
             name = cls.FIELDS[key]
-            field = settings_of()[name]
+            field = cls.BOUNDARY if name == "boundary" else settings_of()[name]
             if value is None or not field.metadata["check"](value):
+                switch = "" if name == "boundary" else f" ({NO_COMPRESSION} switches compression off)"
                 raise ValueError(
-                    f"custom_params: {key}={value!r} is not allowed; allowed: {field.metadata['allowed']} "
-                    f"({NO_COMPRESSION} switches compression off)"
+                    f"custom_params: {key}={value!r} is not allowed; allowed: {field.metadata['allowed']}{switch}"
                 )
             options[name] = value
-        if len(options) > 1:
+        if "ratio" in options and "budget" in options:
             raise ValueError("custom_params: give metasoft_ratio or metasoft_budget, not both")
         return options

@@ -1,6 +1,7 @@
 """Which part of a prompt is compressed, and to how many entries: lengths in, a :class:`Plan` out."""
 
 import math
+from typing import NamedTuple
 
 from sglang_metasoft.config import NO_COMPRESSION, MetaSoftConfig
 from sglang_metasoft.types import Bypass, Plan
@@ -15,19 +16,23 @@ def plan_span(
     page_size: int,
     chain_tokens: int = 0,
     chain_slots: int = 0,
+    boundary_tokens: int | None = None,
     options: dict | None = None,
 ) -> Plan | Bypass:
     """Plan the next compressed span of a prompt.
 
-    The span runs from the end of the already compressed chain to the raw window, floored to a page. The kept
-    entries of the whole prompt, window included, are ``ceil(prompt_tokens / ratio)`` or the budget, whichever
-    is set; the span gets what window and chain leave, rounded up to a page.
+    The span runs from the end of the already compressed chain to the boundary, if one lies ahead and far enough, else
+    to the raw window; both floored to a page. The kept entries of everything up to the boundary are
+    ``ceil(boundary_tokens / ratio)``; those of the whole prompt, window included, ``ceil(prompt_tokens / ratio)``; or
+    the budget, where that is set (at a boundary less the window). The span gets what chain and window leave of that,
+    rounded up to a page.
 
     Args:
         prompt_tokens: logical tokens of the prompt whose KV is, or will be, present.
         page_size: slots of a pool page.
         chain_tokens: logical tokens that earlier segments stand for.
         chain_slots: entries that earlier segments hold.
+        boundary_tokens: where other prompts are known, or expected, to leave this one.
         options: per-request overrides of ``ratio`` or ``budget``.
 
     Returns:
@@ -43,11 +48,22 @@ def plan_span(
         budget = options["budget"]
 
     end = (prompt_tokens - config.window) // page_size * page_size
+    boundary = (boundary_tokens or 0) // page_size * page_size
+    ends_at_boundary = False
+    if boundary - chain_tokens >= config.min_tokens:
+        ends_at_boundary = boundary <= prompt_tokens
+        if ends_at_boundary:
+            end = boundary
+        elif boundary - end < config.min_tokens:
+            return Bypass.TOO_SHORT  # what would be left before the boundary; the next chunk completes it
     span = (end - chain_tokens) // page_size * page_size
     if span < config.min_tokens:
         return Bypass.TOO_SHORT
-    tail = prompt_tokens - chain_tokens - span
-    wanted = budget if budget is not None else math.ceil(prompt_tokens / ratio)
+    tail = 0 if ends_at_boundary else prompt_tokens - chain_tokens - span
+    if budget is not None:
+        wanted = budget - config.window if ends_at_boundary else budget
+    else:
+        wanted = math.ceil((end if ends_at_boundary else prompt_tokens) / ratio)
     sink = config.sink if chain_slots == 0 else 0
     kept = max(wanted - tail - chain_slots, sink + 1, MIN_KEPT_SLOTS)
     kept = -(-kept // page_size) * page_size
@@ -56,4 +72,50 @@ def plan_span(
             kept = span  # the whole path runs and keeps everything
         else:
             return Bypass.NOTHING_TO_DROP
-    return Plan(start_slots=chain_slots, span_tokens=span, kept_slots=kept, sink_tokens=min(sink, kept))
+    return Plan(
+        start_slots=chain_slots,
+        span_tokens=span,
+        kept_slots=kept,
+        sink_tokens=min(sink, kept),
+        ends_at_boundary=ends_at_boundary,
+    )
+
+
+class Footprint(NamedTuple):
+    """Slots that a prompt holds when it is compressed chunk by chunk."""
+
+    peak_slots: int  # at most at one time, entries being written included
+    final_slots: int  # when it starts to decode
+
+
+def chunked_footprint(
+    config: MetaSoftConfig,
+    *,
+    prompt_tokens: int,
+    chunk_tokens: int,
+    chain_tokens: int = 0,
+    chain_slots: int = 0,
+    **plan,
+) -> Footprint:
+    """What a prompt holds if it is prefilled in chunks and each chunk is compressed at once.
+
+    Args:
+        chunk_tokens: tokens of a prefill chunk.
+        plan: further arguments of :func:`plan_span`.
+    """
+    peak = chain_slots
+    computed = chain_tokens
+    while computed < prompt_tokens:
+        computed = min(computed + chunk_tokens, prompt_tokens)
+        raw = computed - chain_tokens
+        peak = max(peak, chain_slots + raw)
+        while isinstance(
+            span := plan_span(
+                config, prompt_tokens=computed, chain_tokens=chain_tokens, chain_slots=chain_slots, **plan
+            ),
+            Plan,
+        ):
+            peak = max(peak, chain_slots + computed - chain_tokens + span.kept_slots)
+            chain_tokens += span.span_tokens
+            chain_slots += span.kept_slots
+    return Footprint(peak, chain_slots + prompt_tokens - chain_tokens)

@@ -55,6 +55,7 @@ class Plan(NamedTuple):
     span_tokens: int  # raw entries to compress (S), a multiple of the page
     kept_slots: int  # entries they become (B), a multiple of the page, B <= S
     sink_tokens: int  # first entries of the span that are always kept
+    ends_at_boundary: bool = False  # the span is meant for other prompts too: nothing after it may shape it
 
     @property
     def end_slots(self) -> int:
@@ -71,9 +72,13 @@ class Prompt(NamedTuple):
     """One prompt to probe."""
 
     span_ids: torch.Tensor  # [S] int64, token ids of the span
-    tail_ids: torch.Tensor  # [window] int64, token ids after it
+    tail_ids: torch.Tensor  # [window] int64, token ids after it; [0] if the span ends at a boundary
     context_slots: int  # entries in the request's row
     context_tokens: int  # logical length they stand for
+
+    def last_ids(self, window: int) -> torch.Tensor:
+        """The last ``window`` tokens before the probe: of the tail, or of the span where that has none."""
+        return (self.tail_ids if self.tail_ids.numel() else self.span_ids)[-window:]
 
 
 class Probe(NamedTuple):

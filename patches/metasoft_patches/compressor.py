@@ -3,14 +3,18 @@
 import contextlib
 import logging
 import re
+from array import array
+from http import HTTPStatus
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_parallel
 
+from metasoft_patches.admission import bypass_reason
+from metasoft_patches.metrics import Metrics
+from metasoft_patches.model import check_model, model_shape
 from metasoft_patches.probe_forward import ProbeBackend, run_probe
 from metasoft_patches.request import RequestState
 from metasoft_patches.transfer import to_device
@@ -19,7 +23,7 @@ from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.score import load_method
-from sglang_metasoft.types import Bypass, Job, ModelShape, Plan, Prompt
+from sglang_metasoft.types import Bypass, Job, Plan, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -45,43 +49,31 @@ class SchedulerCompressor:
         self.committer = Committer(scheduler.tree_cache)
         self.page_size = scheduler.page_size
         self.shape = model_shape(scheduler.model_config)
-        self._check_model()
-        self.method = load_method(config.method)(config, self.shape, self._embed, torch.device(self.runner.device))
+        check_model(self.runner.model, self.committer.pool, self.shape)
+        self.method = self._load_method()
         rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
         self.first_kv_head = rank * self.shape.num_kv_heads // size
         self.trace_rank = rank
         # Compressions under other settings are other content.
         self.settings_id = f"{config.describe()} {self.method.identity}"
+        self.generation = 0
+        reporter = scheduler.metrics_reporter
+        has_metrics = reporter.current_scheduler_metrics_enabled
+        self.metrics = Metrics(reporter.metrics_collector.labels) if has_metrics else None
         logger.info("MetaSoft is active: %s; %s", self.method.description, config.describe())
+
+    def weights_changed(self) -> None:
+        """Drop what was computed with the old weights: chains, and soft tokens drawn from the embedding table."""
+        self.generation += 1
+        self.tree_cache.chains.clear()
+        self.method = self._load_method()
+
+    def _load_method(self):
+        return load_method(self.config.method)(self.config, self.shape, self._embed, torch.device(self.runner.device))
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             return self.runner.model.model.embed_tokens(ids)
-
-    def _check_model(self) -> None:
-        pool = self.committer.pool
-        if type(pool) is not MHATokenToKVPool or pool.use_hnd or pool.kv_cache_layout not in (None, "nhd"):
-            raise ValueError(
-                f"--enable-metasoft: KV pool {type(pool).__name__} (layout {pool.kv_cache_layout}) is not supported; "
-                "supported: MHATokenToKVPool in its default layout"
-            )
-        model = self.runner.model
-        if not hasattr(getattr(model, "model", None), "embed_tokens"):
-            raise ValueError(f"--enable-metasoft: model class {type(model).__name__} is not supported: no decoder body")
-        layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
-        unusual = [
-            layer.layer_id
-            for layer in layers
-            if layer.sliding_window_size > 0 or layer.logit_cap or layer.attn_type != AttentionType.DECODER
-            or layer.is_cross_attention or layer.v_head_dim != layer.head_dim
-        ]  # fmt: skip
-        if unusual or len(layers) != self.shape.num_layers:
-            raise ValueError(
-                f"--enable-metasoft: model class {type(model).__name__} is not supported: attention layers {unusual} "
-                "are not plain causal attention"
-                if unusual
-                else f"--enable-metasoft: {len(layers)} attention layers found, {self.shape.num_layers} expected"
-            )
 
     # -- per batch ---------------------------------------------------------------------------------------------
 
@@ -91,9 +83,13 @@ class SchedulerCompressor:
         Called right after the forward was launched: nothing here waits for the device. Requests that cannot be
         compressed stay raw, with the reason on their state.
         """
-        chosen = self._choose(batch)
-        if not chosen:
-            return
+        done: set[int] = set()
+        # A prompt may hold several spans: a shared document, then what follows it.
+        while chosen := self._choose(batch, done):
+            self._compress(batch, chosen, done)
+
+    def _compress(self, batch, chosen: list[tuple[int, object, Plan]], done: set[int]) -> None:
+        """Compress one span of each chosen request; adds to ``done`` who must not be tried again after this forward."""
         scheduler = self.scheduler
         overlap = scheduler.enable_overlap
         if overlap:
@@ -103,6 +99,7 @@ class SchedulerCompressor:
         for position, req, plan in chosen:
             slots = self.committer.reserve(plan.kept_slots)
             if slots is None:
+                done.add(id(req))
                 self._skip(req, Bypass.NO_FREE_SLOTS)
             else:
                 reserved.append((position, req, plan, slots))
@@ -116,6 +113,7 @@ class SchedulerCompressor:
         except Exception:
             logger.exception("MetaSoft: compression failed, %d requests stay uncompressed", len(reserved))
             for _, req, _, slots in reserved:
+                done.add(id(req))
                 self.committer.give_back(slots)
                 self._skip(req, Bypass.FAULT)
             return
@@ -131,12 +129,12 @@ class SchedulerCompressor:
         # SGLang keeps admission shut, once it was full, until a request leaves; here slots came free without one.
         scheduler.running_batch.batch_is_full = False
 
-    def _choose(self, batch) -> list[tuple[int, object, Plan]]:
+    def _choose(self, batch, done: set[int]) -> list[tuple[int, object, Plan]]:
         decoding = {id(req) for req in batch.decoding_reqs or ()}
         chosen = []
         for position, req in enumerate(batch.reqs):
             state: RequestState | None = getattr(req, "metasoft", None)
-            if state is None or state.plan is None or id(req) in decoding or req.finished():
+            if state is None or state.plan is None or id(req) in decoding or id(req) in done or req.finished():
                 continue
             is_last_chunk = req.extend_end == len(req.full_untruncated_fill_ids)
             if is_last_chunk:
@@ -152,6 +150,7 @@ class SchedulerCompressor:
             if plan is not None and plan.end_slots >= req.kv.cache_protected_len:
                 chosen.append((position, req, plan))
             elif plan is not None:
+                done.add(id(req))
                 self._skip(req, Bypass.SHARED_WINDOW)
             elif not is_last_chunk:
                 state.make_plan(self.config, self.page_size)  # too little yet; the plan for the whole prompt stands
@@ -159,10 +158,26 @@ class SchedulerCompressor:
 
     def _skip(self, req, reason: Bypass) -> None:
         state: RequestState = req.metasoft
-        if req.extend_end < len(req.full_untruncated_fill_ids):
+        raw_slots = len(req.full_untruncated_fill_ids) - req.extend_end
+        if raw_slots == 0:
+            state.skip(reason)
+        elif raw_slots + self.page_size < self.committer.free_slots():
             state.make_plan(self.config, self.page_size)  # the next chunk tries again
         else:
-            state.skip(reason)
+            self._give_up(req, reason)
+
+    def _give_up(self, req, reason: Bypass) -> None:
+        """End a prompt that was admitted at its compressed size, cannot be compressed and does not fit raw.
+
+        SGLang ends a request after a prefill only, so one more token of it is prefilled.
+        """
+        logger.error("MetaSoft: request %s ends at token %d: %s", req.rid, req.extend_end, reason.value)
+        message = f"The prompt is longer than the free KV pool and could not be compressed ({reason.value}). Try again."
+        req.to_finish = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
+        req.metasoft.skip(reason)
+        req.origin_input_ids = req.origin_input_ids[: req.extend_end + 1]
+        req.full_untruncated_fill_ids = array("q")
+        req.refresh_fill_ids()
 
     def _run(self, items: list[tuple[object, Plan, torch.Tensor]]) -> None:
         """Probe, score, route, merge and write the new slots of all items; runs on the forward stream."""
@@ -189,15 +204,17 @@ class SchedulerCompressor:
         state: RequestState = req.metasoft
         chain_tokens = state.chain.tokens if state.chain else 0
         span_end = chain_tokens + plan.span_tokens
-        computed = state.offset + req.extend_end
+        context_slots, context_tokens = req.extend_end, state.offset + req.extend_end
+        if plan.ends_at_boundary:
+            context_slots, context_tokens = plan.end_slots, span_end
         # Outputs of a retracted request come after the prompt; they are part of the tail.
         ids = state.raw_ids + req.output_ids
         probe = self.method.probe(
             Prompt(
                 span_ids=to_device(ids[chain_tokens:span_end], torch.int64, self.runner.device),
-                tail_ids=to_device(ids[span_end:computed], torch.int64, self.runner.device),
-                context_slots=req.extend_end,
-                context_tokens=computed,
+                tail_ids=to_device(ids[span_end:context_tokens], torch.int64, self.runner.device),
+                context_slots=context_slots,
+                context_tokens=context_tokens,
             )
         )
         row = self.committer.row(req)
@@ -213,12 +230,19 @@ class SchedulerCompressor:
         state: RequestState = req.metasoft
         chain = self._extend_chain(req, plan)
         compact_ids = state.set_chain(req, chain)
-        state.plan = None  # the checkpoint inside commit inserts the chain, not a raw prefix
         is_last_chunk = req.extend_end == len(req.full_untruncated_fill_ids)
-        self.committer.commit(req, plan, slots, compact_ids, self.config.keep_raw, is_last_chunk)
-        self.tree_cache.chains.add(self.namespace(req), chain, state.digests())
-        if not is_last_chunk:
-            state.make_plan(self.config, self.page_size)
+        state.make_plan(self.config, self.page_size)
+        next_plan, state.plan = state.plan, None  # the checkpoint inside commit inserts the chain, not a raw prefix
+        is_last_span = is_last_chunk and next_plan is None
+        self.committer.commit(req, plan, slots, compact_ids, self.config.keep_raw, is_last_span)
+        state.plan = next_plan
+        if self.metrics is not None:
+            self.metrics.span_compressed(plan)
+        if state.generation == self.generation:
+            index = self.tree_cache.chains
+            index.add(self.namespace(req), chain, state.digests())
+            if is_last_chunk:
+                index.remember_prompt(self.tenant(req), state.digests())
 
     def _extend_chain(self, req, plan: Plan) -> Chain:
         state: RequestState = req.metasoft
@@ -251,9 +275,13 @@ class SchedulerCompressor:
     def tree_cache(self):
         return self.committer.tree_cache
 
+    def tenant(self, req) -> tuple:
+        """What separates raw prefixes: the client's own keys. LoRA requests are not compressed."""
+        return (req.extra_key, req.cache_salt)
+
     def namespace(self, req) -> tuple:
-        """What separates chains: tenant, adapter and settings."""
-        return (self.settings_id, req.extra_key, req.cache_salt, req.metasoft.namespace_options)
+        """What separates chains: tenant, settings, and the weights that the KV was computed with."""
+        return (self.settings_id, req.metasoft.generation, *self.tenant(req), req.metasoft.namespace_options)
 
     def match_prefix(self, match, req, tree_cache, *args, **kwargs) -> None:
         """Match a waiting request against the tree in the form, raw or compact, that leaves the least to compute.
@@ -264,22 +292,29 @@ class SchedulerCompressor:
         state: RequestState = req.metasoft
         state.restart(req)
         state.adopt_prompt(req)
-        state.refusal = state.refusal or bypass_reason(req, self.config)
+        state.generation = self.generation
+        state.refusal = state.refusal or bypass_reason(req)
         chains = []
         if state.refusal is None:
             found = tree_cache.chains.candidates(self.namespace(req), state.raw_ids, state.digests(), MAX_CANDIDATES)
             chains = [chain for chain in found if not _reads_logprobs_inside(req, chain)]
+
+        seen = tree_cache.chains.seen_tokens(self.tenant(req), state.digests()) if state.refusal is None else 0
 
         def match_with(chain: Chain | None) -> int:
             """Match in compact form with this chain, or raw; returns the logical tokens matched, -1 if it is gone."""
             state.restore_raw(req)
             if chain is not None:
                 state.use_chain(req, chain)
-            state.make_plan(self.config, self.page_size)
+            state.plan = None  # which would cap the match at its span's end
             match(req, tree_cache, *args, **kwargs)
             if chain is not None and req.prefix_len < chain.slots:
                 tree_cache.chains.discard(chain)  # evicted from the tree meanwhile
                 return -1
+            state.see_shared_head(req.prefix_len + state.offset, seen, self.page_size)
+            state.make_plan(self.config, self.page_size)
+            if state.plan is not None and req.prefix_len > state.plan.end_slots:
+                match(req, tree_cache, *args, **kwargs)
             return req.prefix_len + state.offset
 
         best, best_tokens, tried = None, -1, None
@@ -294,63 +329,6 @@ class SchedulerCompressor:
         if best is not None:
             tree_cache.chains.touch(best)
 
-    def admission_reserve(self, req, is_admission: bool) -> int:
-        """Slots, beyond SGLang's own count, that a request needs while it is prefilled and compressed.
-
-        Raw span and consolidated entries exist side by side for a moment. With ``during_prefill`` a long prompt never
-        exists raw as a whole, so its admission asks for less than its raw length: the result is negative.
-
-        Args:
-            is_admission: the request is asking to be admitted; else a chunk of it is being charged.
-        """
-        plan: Plan = req.metasoft.plan
-        raw_slots = len(req.full_untruncated_fill_ids) - req.prefix_len
-        chunk_tokens = self.scheduler.chunked_prefill_size
-        if self.config.during_prefill and chunk_tokens and is_admission:
-            # Raw at any moment: one chunk, the window before it, and what was too short to compress after the last.
-            too_short = self.config.min_tokens if chunk_tokens < self.config.min_tokens else 0
-            raw_peak = chunk_tokens + self.config.window + self.page_size + too_short
-            return plan.kept_slots + min(raw_peak - raw_slots, 0)
-        wanted = raw_slots + plan.kept_slots + req.sampling_params.max_new_tokens + 2 * self.page_size
-        return plan.kept_slots if wanted < self.scheduler.max_total_num_tokens else 0
-
 
 def _reads_logprobs_inside(req, chain: Chain) -> bool:
     return req.return_logprob and 0 <= req.logprob_start_len < chain.tokens
-
-
-def bypass_reason(req, config: MetaSoftConfig) -> Bypass | None:
-    """Why compression cannot serve this request, or None. Lengths are the policy's business, not this table's."""
-    params = req.sampling_params
-    logprob_start = req.logprob_start_len
-    checks = (
-        (params.max_new_tokens == 0, Bypass.NO_OUTPUT),
-        (req.multimodal_inputs is not None, Bypass.MULTIMODAL),
-        (req.input_embeds is not None, Bypass.INPUT_EMBEDS),
-        (req.positional_embed_overrides is not None, Bypass.EMBED_OVERRIDES),
-        (req.session is not None or req.session_id is not None, Bypass.SESSION),
-        (req.lora_id is not None, Bypass.LORA),
-        (req.beam_group is not None, Bypass.BEAM_SEARCH),
-        (req.custom_logit_processor is not None, Bypass.CUSTOM_LOGIT_PROCESSOR),
-        (params.watermark is not None, Bypass.WATERMARK),
-        (req.return_routed_experts or req.return_indexer_topk, Bypass.ROUTED_EXPERTS),
-        (
-            req.return_logprob and 0 <= logprob_start < len(req.origin_input_ids) - config.window,
-            Bypass.PROMPT_LOGPROBS,
-        ),
-    )
-    return next((reason for holds, reason in checks if holds), None)
-
-
-def model_shape(model_config) -> ModelShape:
-    """The served model, as a compressor knows it."""
-    text = model_config.hf_text_config
-    return ModelShape(
-        name=str(model_config.model_path),
-        vocab_size=model_config.vocab_size,
-        hidden_size=model_config.hidden_size,
-        num_layers=model_config.num_hidden_layers,
-        num_heads=model_config.num_attention_heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or model_config.num_attention_heads,
-        head_dim=model_config.head_dim,
-    )

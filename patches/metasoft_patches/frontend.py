@@ -142,7 +142,7 @@ def check_server(result, server_args) -> None:
     verify_hooks("frontend")
     from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 
-    from metasoft_patches.compressor import model_shape
+    from metasoft_patches.model import model_shape
 
     model_config = model_config_of(server_args)
     compat.check_features(resolving_view(server_args), model_config)

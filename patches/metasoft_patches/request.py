@@ -2,7 +2,7 @@
 
 from array import array
 
-from sglang_metasoft.chains import Chain, prefix_digests
+from sglang_metasoft.chains import BLOCK_TOKENS, Chain, prefix_digests
 from sglang_metasoft.config import NO_COMPRESSION, MetaSoftConfig
 from sglang_metasoft.policy import plan_span
 from sglang_metasoft.types import Bypass, Plan
@@ -16,14 +16,18 @@ class RequestState:
     """
 
     def __init__(self, req, options: dict) -> None:
-        self.options = options
+        self.named_boundary: int | None = options.get("boundary")
+        self.options = {name: value for name, value in options.items() if name != "boundary"}
         # A refusal holds for the request's life, a skip until it is scheduled anew.
-        self.refusal: Bypass | None = Bypass.OPTED_OUT if NO_COMPRESSION in options.values() else None
+        self.refusal: Bypass | None = Bypass.OPTED_OUT if NO_COMPRESSION in self.options.values() else None
         self.skipped: Bypass | None = None
         self.raw_ids: array = req.origin_input_ids
         self.compact_ids: array | None = None
         self.chain: Chain | None = None
         self.plan: Plan | None = None
+        # Logical tokens at which other prompts leave this one: named by the client, or seen when it was matched.
+        self.boundary_tokens = self.named_boundary
+        self.generation = 0  # of the weights that its KV is computed with
         self.reused_tokens = 0
         self.is_reuse_counted = False
         self._no_plan = Bypass.TOO_SHORT
@@ -100,12 +104,30 @@ class RequestState:
             page_size=page_size,
             chain_tokens=self.chain.tokens if self.chain else 0,
             chain_slots=self.chain.slots if self.chain else 0,
+            boundary_tokens=self.boundary_tokens,
             options=self.options,
         )
         if isinstance(plan, Plan):
             self.plan = plan
         else:
             self._no_plan = plan
+
+    def see_shared_head(self, matched_tokens: int, seen_tokens: int, page_size: int) -> None:
+        """Set the boundary to where this prompt leaves earlier ones, unless the client named one.
+
+        Args:
+            matched_tokens: what the tree holds of this prompt.
+            seen_tokens: what earlier prompts had in common with it, in whole blocks, evicted since or not.
+            page_size: slots of a pool page.
+        """
+        if self.named_boundary is not None:
+            return
+        prompt_tokens = len(self.raw_ids)
+        is_repeat = matched_tokens >= (prompt_tokens - 1) // page_size * page_size
+        if is_repeat or prompt_tokens - seen_tokens < BLOCK_TOKENS and matched_tokens < seen_tokens:
+            self.boundary_tokens = None
+        else:
+            self.boundary_tokens = max(matched_tokens, seen_tokens)
 
     def skip(self, reason: Bypass) -> None:
         """Leave the request as it is, until it is scheduled anew."""
@@ -117,6 +139,7 @@ class RequestState:
         self.restore_raw(req)
         self.plan = None
         self.skipped = None
+        self.boundary_tokens = self.named_boundary
 
     def report(self) -> dict:
         """The flat ``meta_info`` fields of the response."""

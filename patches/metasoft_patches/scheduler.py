@@ -2,11 +2,13 @@
 
 import torch
 
+from metasoft_patches.admission import Admission
 from metasoft_patches.compressor import SchedulerCompressor
 from metasoft_patches.request import RequestState
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.chains import FIRST_VIRTUAL_ID
 from sglang_metasoft.config import MetaSoftConfig, RequestOptions
+from sglang_metasoft.types import Bypass
 
 REPORT_FIELDS = ("metasoft_span_tokens", "metasoft_kv_tokens", "metasoft_reused_tokens", "metasoft_bypass")
 
@@ -17,14 +19,34 @@ class SchedulerHooks:
     def __init__(self, config: MetaSoftConfig) -> None:
         self.config = config
         self.compressor: SchedulerCompressor | None = None
+        self.admission: Admission | None = None
 
     def scheduler_made(self, result, scheduler, *args, **kwargs) -> None:
         """AFTER ``Scheduler.__init__``: model and pools exist."""
         self.compressor = SchedulerCompressor(scheduler, self.config)
+        self.admission = Admission(scheduler, self.config)
 
     def request_made(self, req, scheduler, recv_req, *args, **kwargs) -> None:
         """AFTER ``Scheduler._create_generation_req``."""
-        req.metasoft = RequestState(req, RequestOptions.parse(req.sampling_params.custom_params))
+        state = req.metasoft = RequestState(req, RequestOptions.parse(req.sampling_params.custom_params))
+        prompt_tokens = len(req.origin_input_ids)
+        if recv_req.return_logprob and 0 <= recv_req.logprob_start_len < prompt_tokens - self.config.window:
+            state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS  # SGLang fills the request's own field later
+        if state.named_boundary is not None and state.named_boundary >= prompt_tokens and req.to_finish is None:
+            req.set_finish_with_abort(
+                f"custom_params: metasoft_boundary={state.named_boundary} is not allowed; "
+                f"allowed: {RequestOptions.BOUNDARY.metadata['allowed']} ({prompt_tokens})"
+            )
+
+    def limit_length(self, original, scheduler, req):
+        """AROUND ``Scheduler.init_req_max_new_tokens``: a prompt that is compressed in chunks may exceed the pool."""
+        if getattr(req, "metasoft", None) is None:
+            return original(scheduler, req)
+        return self.admission.limit_length(original, scheduler, req)
+
+    def weights_changed(self, result, *args, **kwargs) -> None:
+        """AFTER each way to update weights: nothing compressed survives, even if the update failed half-way."""
+        self.compressor.weights_changed()
 
     def output_streamer_class(self, streamer_class, scheduler) -> type:
         """AFTER ``Scheduler.get_output_streamer_class``: one that adds our fields to each response."""
@@ -91,6 +113,8 @@ class SchedulerHooks:
         state = getattr(req, "metasoft", None)
         if state is not None and len(accumulator.prompt_tokens) > before:
             accumulator.prompt_tokens[-1] += state.offset
+            if req.finished() and self.compressor.metrics is not None:
+                self.compressor.metrics.request_finished(state.report())
         return result
 
     def reserve_slots(self, reserve: int, adder, req, *, extend_input_len: int | None = None) -> int | None:
@@ -101,7 +125,7 @@ class SchedulerHooks:
         state = getattr(req, "metasoft", None)
         if state is None or state.plan is None or req.kv.holds_kv:
             return None
-        return reserve + self.compressor.admission_reserve(req, is_admission=extend_input_len is None)
+        return reserve + self.admission.reserve_slots(req, is_admission=extend_input_len is None)
 
 
 def make_reporting_streamer(streamer_class: type) -> type:

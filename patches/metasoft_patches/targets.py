@@ -169,6 +169,31 @@ TARGETS = (
         ("self", "req", "extend_input_len"),
         "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
     ),
+    Target(
+        "scheduler",
+        "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
+        "around",
+        "limit_length",
+        ("self", "req"),
+        "sglang.srt.managers.scheduler:Scheduler._handle_generate_request",
+    ),
+    *(
+        Target(
+            "scheduler",
+            f"sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name}",
+            "after",
+            "weights_changed",
+            ("self", "recv_req"),
+            "sglang.srt.managers.scheduler:Scheduler.init_request_dispatcher",
+        )
+        for name in (
+            "update_weights_from_disk",
+            "update_weights_from_distributed",
+            "update_weights_from_tensor",
+            "update_weights_from_ipc",
+            "end_weight_update",
+        )
+    ),
 )
 
 

@@ -26,7 +26,7 @@ class MetaSoft(Method):
 
     def probe(self, prompt: Prompt) -> Probe:
         return Probe(
-            embeds=self.soft_tokens(self.embed, prompt.span_ids, prompt.tail_ids),
+            embeds=self.soft_tokens(self.embed, prompt.span_ids, prompt.last_ids(self.config.window)),
             context_slots=prompt.context_slots,
             first_position=prompt.context_tokens,
         )

@@ -8,14 +8,19 @@ from sglang_metasoft.types import Probe, Prompt, Scores
 
 
 class SnapKV(Method):
-    """The window's tokens are run once more over the KV before them; importance is pooled over neighbours."""
+    """The window's tokens are run once more over the KV before them; importance is pooled over neighbours.
+
+    At a boundary there is no tail: the span's own last tokens are the window, so that the choice is the same whatever
+    follows. They take part in it like all others.
+    """
 
     default_consolidation = "none"
 
     def probe(self, prompt: Prompt) -> Probe:
-        window = min(self.config.window, prompt.tail_ids.numel())
+        observers = prompt.last_ids(self.config.window)
+        window = observers.numel()
         return Probe(
-            embeds=self.embed(prompt.tail_ids[-window:]),
+            embeds=self.embed(observers),
             context_slots=prompt.context_slots - window,
             first_position=prompt.context_tokens - window,
         )

@@ -1,0 +1,99 @@
+"""One long document, many questions, a pool too small for the raw document twice: what is computed, what is answered.
+
+The document is real text with one made-up fact for each question. Every question comes as a prompt of its own (document
+and question), in three ways: sharing (one after the other, nothing named), not sharing (a ``cache_salt`` for each), and
+plain SGLang. Counted are the prompt tokens computed after the first question, against the tokens that come after the
+document, and the questions that are answered right.
+
+    python benchmarks/shared_document.py [--method snapkv] [--ratio 4] [--output shared.json]
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from sglang_metasoft.demo import conversation
+from sglang_metasoft.demo import model as demo_model
+from sglang_metasoft.demo.server import Server
+
+DOCUMENT_TOKENS, QUESTIONS = 6000, 20
+POOL_TOKENS = 11_000
+PLACES = (
+    "Lisbon", "Oslo", "Cairo", "Lima", "Quito", "Dakar", "Hanoi", "Perth", "Turin", "Osaka",
+    "Kyiv", "Delhi", "Tunis", "Sofia", "Riga", "Porto", "Nice", "Bonn", "Graz", "Cork",
+)  # fmt: skip
+
+
+def make_document(tokenizer) -> tuple[str, dict[str, str]]:
+    """The text with the facts spread over it, and the facts."""
+    facts = {place: str(10_000 + 4_321 * (number + 1)) for number, place in enumerate(PLACES[:QUESTIONS])}
+    sentences = [f"\nThe key to {place} is {key}.\n" for place, key in facts.items()]
+    ids = tokenizer(conversation.DOCUMENT.read_text())["input_ids"]
+    room = DOCUMENT_TOKENS - len(tokenizer("".join(sentences))["input_ids"])
+    ids = (ids + ids)[:room]
+    part = room // QUESTIONS
+    parts = [tokenizer.decode(ids[n * part : (n + 1) * part]) for n in range(QUESTIONS)]
+    return "".join(text + sentence for text, sentence in zip(parts, sentences, strict=True)), facts
+
+
+def make_prompts(tokenizer) -> tuple[list[list[int]], list[str], int]:
+    """Token ids of each prompt, its answer, and how many tokens all prompts have in common."""
+    document, facts = make_document(tokenizer)
+    prompts = []
+    for place in facts:
+        text = f"{document}\n\nWhat is the key to {place}? Answer with the number alone."
+        messages = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompts.append(tokenizer(rendered + f"The key to {place} is", add_special_tokens=False)["input_ids"])
+    shared = next(n for n, column in enumerate(zip(*prompts, strict=False)) if len(set(column)) > 1)
+    return prompts, list(facts.values()), shared
+
+
+def ask_all(server: Server, prompts: list[list[int]], answers: list[str], shared: int, salted: bool) -> dict:
+    """Ask one after the other."""
+    responses = []
+    for number, prompt in enumerate(prompts):
+        fields = {"cache_salt": f"question {number}"} if salted else {}
+        responses.append(server.generate(prompt, 8, **fields))
+    metas = [response["meta_info"] for response in responses]
+    later = list(zip(prompts, metas, strict=True))[1:]
+    own = sum(len(prompt) - shared for prompt, _ in later)
+    computed = sum(meta["prompt_tokens"] - meta["cached_tokens"] for _, meta in later)
+    return {
+        "right": sum(answer in response["text"] for answer, response in zip(answers, responses, strict=True)),
+        "questions": len(prompts),
+        "computed_after_first": computed,
+        "own_tokens_after_first": own,
+        "computed_over_own": round(computed / own, 3),
+        "kv_tokens": [meta.get("metasoft_kv_tokens") for meta in metas],
+        "bypassed": [meta["metasoft_bypass"] for meta in metas if "metasoft_bypass" in meta],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
+    parser.add_argument("--method", default="metasoft", help="--metasoft-method of the server")
+    parser.add_argument("--ratio", type=float, default=4, help="--metasoft-ratio of the server")
+    parser.add_argument("--output", type=Path, help="also write the result as JSON")
+    args = parser.parse_args()
+    model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
+    from transformers import AutoTokenizer
+
+    prompts, answers, shared = make_prompts(AutoTokenizer.from_pretrained(model))
+    common = ["--max-total-tokens", str(POOL_TOKENS)]
+    metasoft = ["--enable-metasoft", "--metasoft-method", args.method, "--metasoft-ratio", str(args.ratio)]
+    results = {}
+    for name, flags in (("metasoft", [*common, *metasoft]), ("plain", common)):
+        with tempfile.TemporaryDirectory() as scratch, Server(model, flags, log=Path(scratch) / "log") as server:
+            ways = {"sharing": False, "not sharing": True} if name == "metasoft" else {"sharing": False}
+            for way, salted in ways.items():
+                result = results[f"{name}, {way}"] = ask_all(server, prompts, answers, shared, salted)
+                print(f"{name}, {way}:", json.dumps(result), flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -135,3 +135,13 @@ USED = [
 def test_used_function_has_the_expected_parameters(path, expected):
     function = find(*path.split(":"))
     assert parameters(function) == expected, f"{WHERE}: {path} takes {parameters(function)}"
+
+
+def test_decode_graphs_copy_positions_from_the_forward_batch_at_every_replay():
+    """The offset is added to a new ``ForwardBatch.positions``; a captured decode graph reads a buffer of its own."""
+    module = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
+    source = ast.unparse(find(module, "DecodeCudaGraphRunner._copy_replay_inputs"))
+    # Skipped only for the very tensor that the buffer was filled from: never for a new one.
+    guard = "if prefilled is None or forward_batch.positions is not prefilled[1]:"
+    copy = "self.buffers.positions[:self.raw_num_token].copy_(forward_batch.positions)"
+    assert guard in source and copy in source.split(guard)[1], f"{WHERE}: {module} fills its positions differently"

@@ -5,7 +5,14 @@ from array import array
 import pytest
 
 from sglang_metasoft import chains
-from sglang_metasoft.chains import FIRST_VIRTUAL_ID, Chain, ChainIndex, make_virtual_ids, prefix_digests
+from sglang_metasoft.chains import (
+    BLOCK_TOKENS,
+    FIRST_VIRTUAL_ID,
+    Chain,
+    ChainIndex,
+    make_virtual_ids,
+    prefix_digests,
+)
 
 SECRET = "00" * 16
 
@@ -105,3 +112,22 @@ def test_discard_and_clear():
     add(index, ids, 400)
     index.clear()
     assert find(index, ids) is None and len(index) == 0
+
+
+def test_the_index_knows_where_a_prompt_leaves_earlier_ones_of_its_tenant():
+    index, head = ChainIndex(10**6), prompt(1000)
+    index.remember_prompt("a", prefix_digests(head + prompt(300, seed=1)))
+    other = prefix_digests(head + prompt(300, seed=2))
+    assert index.seen_tokens("a", other) == 1000 // BLOCK_TOKENS * BLOCK_TOKENS
+    assert index.seen_tokens("b", other) == 0
+    assert index.seen_tokens("a", prefix_digests(prompt(1000, seed=3))) == 0
+    index.clear()
+    assert index.seen_tokens("a", other) == 0
+
+
+def test_the_index_remembers_a_bounded_number_of_prompts():
+    index = ChainIndex(20 * BLOCK_TOKENS)
+    digests = [prefix_digests(prompt(10 * BLOCK_TOKENS, seed)) for seed in range(3)]
+    for prompt_digests in digests:
+        index.remember_prompt("a", prompt_digests)
+    assert [index.seen_tokens("a", known) for known in digests] == [0, 10 * BLOCK_TOKENS, 10 * BLOCK_TOKENS]

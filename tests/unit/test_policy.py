@@ -5,12 +5,13 @@ import itertools
 import pytest
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.policy import plan_span
+from sglang_metasoft.policy import chunked_footprint, plan_span
 from sglang_metasoft.types import Bypass, Plan
 
 
 def plan(tokens, page=1, options=None, **settings):
-    chain = {name: settings.pop(name) for name in ("chain_tokens", "chain_slots") if name in settings}
+    names = ("chain_tokens", "chain_slots", "boundary_tokens")
+    chain = {name: settings.pop(name) for name in names if name in settings}
     return plan_span(MetaSoftConfig(**settings), prompt_tokens=tokens, page_size=page, options=options, **chain)
 
 
@@ -66,3 +67,38 @@ def test_a_later_segment_starts_after_the_chain_and_gets_its_share():
 
 def test_a_short_continuation_is_no_segment_yet():
     assert plan(2300, chain_tokens=1984, chain_slots=448) is Bypass.TOO_SHORT
+
+
+def test_a_boundary_ends_the_span_there_and_its_entries_do_not_depend_on_what_follows():
+    plans = {plan(tokens, boundary_tokens=2000) for tokens in (2001, 2030, 2600, 9000)}
+    assert plans == {Plan(start_slots=0, span_tokens=2000, kept_slots=500, sink_tokens=4, ends_at_boundary=True)}
+    assert plan(2600, boundary_tokens=2000, budget=264).kept_slots == 200
+
+
+def test_what_follows_a_boundary_is_a_span_of_its_own():
+    rest = plan(3000, boundary_tokens=2000, chain_tokens=2000, chain_slots=500)
+    assert rest == Plan(500, 1000 - 64, 3000 // 4 - 64 - 500, 0)
+    assert plan(2100, boundary_tokens=2000, chain_tokens=2000, chain_slots=500) is Bypass.TOO_SHORT
+
+
+@pytest.mark.parametrize("boundary", [1, 511])
+def test_a_boundary_too_near_is_no_boundary(boundary):
+    assert plan(2048, boundary_tokens=boundary) == plan(2048)
+
+
+def test_a_chunk_leaves_no_rest_before_a_boundary_that_would_be_too_short():
+    """2,000 - (1,600 - 64) = 464 tokens would be left: the next chunk takes them all."""
+    assert plan(1600, boundary_tokens=2000) is Bypass.TOO_SHORT
+    assert plan(1500, boundary_tokens=2000).span_tokens == 1500 - 64
+    assert plan(2112, boundary_tokens=2000).span_tokens == 2000
+
+
+@pytest.mark.parametrize("tokens", [600, 5000, 8191])
+@pytest.mark.parametrize("page", [1, 64])
+def test_the_footprint_of_a_prompt_that_is_compressed_chunk_by_chunk(tokens, page):
+    config = MetaSoftConfig(min_tokens=128)
+    result = chunked_footprint(config, prompt_tokens=tokens, chunk_tokens=256, page_size=page)
+    assert tokens / 4 <= result.final_slots <= tokens / 4 + 64 + 128 + 2 * page + 16
+    assert result.final_slots <= result.peak_slots <= result.final_slots + 256 + 128 + 64
+    raw = chunked_footprint(config, prompt_tokens=tokens, chunk_tokens=256, page_size=page, options={"ratio": 1})
+    assert raw == (tokens, tokens)

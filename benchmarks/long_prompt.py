@@ -1,0 +1,73 @@
+"""The prefill of a long prompt: plain, compressed after it, compressed during it (so that attention reads less).
+
+Also served from a pool of a third of the prompt, which only the last can do. Seconds are those of whole requests with
+two output tokens, median of the repeats, each with another prompt.
+
+    python benchmarks/long_prompt.py [--prompt-tokens 7680] [--chunk 512] [--repeats 3] [--output long.json]
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import requests
+
+from sglang_metasoft.demo import conversation
+from sglang_metasoft.demo import model as demo_model
+from sglang_metasoft.demo.server import Server
+
+METASOFT = ["--enable-metasoft", "--metasoft-ratio", "8", "--metasoft-min-tokens", "128"]
+VARIANTS = {
+    "plain": [],
+    "compressed after prefill": METASOFT,
+    "compressed during prefill": [*METASOFT, "--metasoft-during-prefill"],
+}
+
+
+def measure(server: Server, prompts: list[list[int]]) -> dict:
+    """Seconds of each prompt, or the server's refusal."""
+    server.generate(prompts[0][:600], 2)
+    seconds, kv_tokens = [], []
+    for prompt in prompts:
+        begin = time.monotonic()
+        try:
+            meta = server.generate(prompt, 2)["meta_info"]
+        except requests.HTTPError as error:
+            return {"refused": error.response.json()["error"]["message"]}
+        seconds.append(round(time.monotonic() - begin, 2))
+        kv_tokens.append(meta.get("metasoft_kv_tokens", len(prompt)))
+    return {"median_seconds": statistics.median(seconds), "seconds": seconds, "kv_tokens": kv_tokens[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
+    parser.add_argument("--prompt-tokens", type=int, default=7680)
+    parser.add_argument("--chunk", type=int, default=512, help="--chunked-prefill-size of every server")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="also write the result as JSON")
+    args = parser.parse_args()
+    model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model)(conversation.DOCUMENT.read_text())["input_ids"]
+    prompts = [(ids[131 * n :] + ids + ids)[: args.prompt_tokens] for n in range(args.repeats)]
+    results = {}
+    for pool, pool_tokens in (("ample", 6 * args.prompt_tokens), ("a third", args.prompt_tokens // 3)):
+        for name, flags in VARIANTS.items():
+            common = ["--chunked-prefill-size", str(args.chunk), "--max-total-tokens", str(pool_tokens)]
+            with (
+                tempfile.TemporaryDirectory() as scratch,
+                Server(model, [*common, *flags], log=Path(scratch) / "log") as server,
+            ):
+                result = results[f"{pool}, {name}"] = measure(server, prompts)
+                print(f"pool {pool} ({pool_tokens} tokens), {name}:", json.dumps(result), flush=True)
+    if args.output:
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

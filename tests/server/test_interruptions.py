@@ -1,0 +1,161 @@
+"""What an operator does to running requests: preemption, pause and continue, weight updates."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until
+
+pytestmark = pytest.mark.server
+
+POOL_TOKENS, WINDOW, NEW_TOKENS = 5120, 64, 80
+
+
+@pytest.fixture(scope="module")
+def server(start_server):
+    flags = ["--max-total-tokens", str(POOL_TOKENS), "--enable-priority-scheduling", "--dtype", "float32"]
+    return start_server("--enable-metasoft", "--enable-metrics", *flags, env=STRICT_CHECKS)
+
+
+def post(server, path: str, body: dict) -> requests.Response:
+    response = requests.post(server.url + path, json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def generate_meanwhile(server, prompts, interrupt, new_tokens=NEW_TOKENS, **fields) -> list[dict]:
+    """Start all prompts, wait until they run, interrupt, and return the responses."""
+    sampling = {"ignore_eos": True}
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        futures = [pool.submit(server.generate, ids, new_tokens, sampling_params=sampling, **fields) for ids in prompts]
+        wait_until(server, lambda m: m["sglang:num_running_reqs"] == len(prompts), "all requests run")
+        interrupt()
+        return [future.result() for future in futures]
+
+
+def check(prompts, responses, new_tokens=NEW_TOKENS) -> None:
+    for ids, response in zip(prompts, responses, strict=True):
+        meta = response["meta_info"]
+        assert (meta["prompt_tokens"], meta["completion_tokens"]) == (len(ids), new_tokens)
+        assert metasoft(response)["span_tokens"] >= len(ids) - WINDOW
+
+
+def test_a_preempted_request_is_compressed_again_and_ends_well(server, document_ids):
+    low = [document_ids[n * 100 :][:1400] for n in range(3)]
+    urgent = document_ids[1000:3600]
+    done = []
+
+    def send_urgent():
+        done.append(server.generate(urgent, 8, priority=10))
+
+    responses = generate_meanwhile(server, low, send_urgent, new_tokens=1000, priority=0)
+    check(low, responses, 1000)
+    assert sum(response["meta_info"]["num_retractions"] for response in responses) >= 1
+    assert metasoft(done[0])["span_tokens"] == len(urgent) - WINDOW
+    assert_pool_is_whole(server, POOL_TOKENS)
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_paused_requests_go_on(server, document_ids, mode):
+    prompts = [document_ids[50 + n * 100 :][:900] for n in range(2)]
+
+    def pause_and_continue():
+        post(server, "/pause_generation", {"mode": mode})
+        time.sleep(1)
+        post(server, "/continue_generation", {"torch_empty_cache": False})
+
+    responses = generate_meanwhile(server, prompts, pause_and_continue)
+    check(prompts, responses)
+    retractions = [response["meta_info"]["num_retractions"] for response in responses]
+    assert all(retractions) if mode == "retract" else not any(retractions)
+    assert_pool_is_whole(server, POOL_TOKENS)
+
+
+def test_pausing_with_abort_ends_requests_and_leaks_nothing(server, document_ids):
+    body = {"input_ids": document_ids[30:1030], "sampling_params": {"max_new_tokens": 2000, "ignore_eos": True}}
+    responses = []
+    sender = threading.Thread(target=lambda: responses.append(requests.post(f"{server.url}/generate", json=body)))
+    sender.start()
+    wait_until(server, lambda m: m["sglang:num_running_reqs"] == 1, "the request runs")
+    post(server, "/pause_generation", {"mode": "abort"})
+    sender.join(60)
+    assert not sender.is_alive() and responses[0].json()["meta_info"]["finish_reason"]["type"] == "abort"
+    post(server, "/continue_generation", {"torch_empty_cache": False})
+    assert_pool_is_whole(server, POOL_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def other_weights(model_dir, tmp_path_factory):
+    """The same model with another last layer and other embeddings."""
+    folder = tmp_path_factory.mktemp("weights")
+    for path in model_dir.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    generator = torch.Generator().manual_seed(3)
+    for path in model_dir.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if "embed_tokens" in name or "layers.20." in name:
+                noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() * 0.3
+                tensors[name] = (tensor.float() + noise).to(tensor.dtype)
+        save_file(tensors, folder / path.name, metadata={"format": "pt"})
+    return folder
+
+
+def test_compressed_entries_never_survive_a_weight_update(server, document_ids, model_dir, other_weights):
+    """Not even if the client asks SGLang to keep its cache; and what is compressed then is of the new weights."""
+    ids, options = document_ids[500:1700], {"max_new_tokens": NEW_TOKENS, "sampling_params": {"ignore_eos": True}}
+    before = server.generate(ids, **options)
+    repeat = server.generate(ids, **options)
+    assert metasoft(repeat)["reused_tokens"] == 1200 - WINDOW
+
+    def update(weights, flush_cache):
+        body = {"model_path": str(weights), "flush_cache": flush_cache}
+        assert post(server, "/update_weights_from_disk", body).json()["success"]
+
+    update(other_weights, flush_cache=False)
+    assert metasoft(server.generate(ids, **options))["reused_tokens"] == 0
+    # SGLang's own raw entries are kept on the client's word; without them:
+    post(server, "/flush_cache", {})
+    changed = server.generate(ids, **options)
+    changed_repeat = server.generate(ids, **options)
+    assert metasoft(changed)["reused_tokens"] == 0 < metasoft(changed_repeat)["reused_tokens"]
+    assert changed["output_ids"] != before["output_ids"]
+
+    update(model_dir, flush_cache=True)
+    after = server.generate(ids, **options)
+    assert metasoft(after)["reused_tokens"] == 0
+    assert after["output_ids"] == before["output_ids"]
+    assert server.generate(ids, **options)["output_ids"] == repeat["output_ids"]
+    assert_pool_is_whole(server, POOL_TOKENS)
+
+
+def test_an_update_under_running_requests_drops_what_they_computed(server, document_ids, other_weights, model_dir):
+    prompts = [document_ids[900:1900]]
+
+    def update_in_place():
+        post(server, "/pause_generation", {"mode": "in_place"})
+        for weights in (other_weights, model_dir):
+            body = {"model_path": str(weights), "flush_cache": False}
+            assert post(server, "/update_weights_from_disk", body).json()["success"]
+        post(server, "/continue_generation", {"torch_empty_cache": False})
+
+    responses = generate_meanwhile(server, prompts, update_in_place)
+    check(prompts, responses)
+    assert metasoft(server.generate(prompts[0], 4))["reused_tokens"] == 0
+    assert_pool_is_whole(server, POOL_TOKENS)
+
+
+def test_metrics_count_what_happened(server):
+    metrics = server.metrics()
+    assert metrics["sglang:metasoft_spans_total"] >= 8
+    assert metrics["sglang:metasoft_saved_slots_total"] > 0.6 * metrics["sglang:metasoft_span_tokens_total"]
+    assert metrics["sglang:metasoft_reused_tokens_total"] > 0
+    text = requests.get(f"{server.url}/metrics", timeout=60).text
+    assert 'bypass="none"' in text, json.dumps(metrics)

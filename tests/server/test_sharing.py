@@ -1,0 +1,97 @@
+"""One document, many questions: the document becomes a compressed segment of its own that all of them reuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+
+from benchmarks.shared_document import POOL_TOKENS, ask_all, make_prompts
+from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
+
+pytestmark = pytest.mark.server
+
+FLAGS = ["--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS)]
+DOCUMENT, WINDOW = 1500, 64
+
+
+@pytest.fixture(scope="module")
+def server(start_server):
+    return start_server(*FLAGS, env=STRICT_CHECKS)
+
+
+def question(document_ids: list[int], number: int, length: int = 90) -> list[int]:
+    """Tokens that no two numbers share from the first on."""
+    return [7000 + number, *document_ids[3000 + 97 * number :][: length - 1]]
+
+
+def test_a_document_seen_twice_becomes_a_segment_that_a_third_question_reuses(server, document_ids):
+    document = document_ids[:DOCUMENT]
+    first, second, third = (server.generate(document + question(document_ids, n)) for n in range(3))
+    assert metasoft(first)["span_tokens"] == DOCUMENT + 90 - WINDOW
+    # The second finds the raw document, and its own segment ends where it leaves the first.
+    assert second["meta_info"]["cached_tokens"] == DOCUMENT
+    assert metasoft(second) == {"span_tokens": DOCUMENT, "kv_tokens": DOCUMENT // 4 + 90, "reused_tokens": 0}
+    assert metasoft(third) == {"span_tokens": DOCUMENT, "kv_tokens": DOCUMENT // 4 + 90, "reused_tokens": DOCUMENT}
+    assert third["meta_info"]["cached_tokens"] == DOCUMENT
+
+
+def test_what_follows_the_document_becomes_a_second_segment_if_it_is_long(server, document_ids):
+    document, long = document_ids[:DOCUMENT], question(document_ids, 5, length=800)
+    response = server.generate(document + long)
+    assert metasoft(response)["span_tokens"] == DOCUMENT + 800 - WINDOW
+    assert metasoft(response)["kv_tokens"] == (DOCUMENT + 800) // 4
+    assert metasoft(response)["reused_tokens"] == DOCUMENT
+    again = server.generate(document + long)
+    assert metasoft(again)["reused_tokens"] == DOCUMENT + 800 - WINDOW
+
+
+def test_a_client_names_the_boundary_so_that_the_second_question_reuses_it_already(server, document_ids):
+    document = document_ids[100 : 100 + DOCUMENT]
+    params = {"metasoft_boundary": DOCUMENT}
+    # Shorter than the window: the boundary decides, not the window.
+    first = server.generate(document + question(document_ids, 1, 20), custom_params=params)
+    assert metasoft(first) == {"span_tokens": DOCUMENT, "kv_tokens": DOCUMENT // 4 + 20, "reused_tokens": 0}
+    second = server.generate(document + question(document_ids, 2, 20))
+    assert metasoft(second)["reused_tokens"] == DOCUMENT == second["meta_info"]["cached_tokens"]
+
+
+def test_both_sides_of_a_boundary_are_compressed_at_once(server, document_ids):
+    prompt = document_ids[200:2600]
+    response = server.generate(prompt, custom_params={"metasoft_boundary": 1200})
+    assert metasoft(response) == {"span_tokens": 2400 - WINDOW, "kv_tokens": 600, "reused_tokens": 0}
+    shared = server.generate(prompt[:1200] + question(document_ids, 3))
+    assert metasoft(shared)["reused_tokens"] == 1200
+
+
+@pytest.mark.parametrize("boundary", [0, -1, 1.5, "1200", None, True, 800, 10**30])
+def test_a_boundary_outside_the_prompt_is_http_400(server, document_ids, boundary):
+    body = {"input_ids": document_ids[:800], "sampling_params": {"custom_params": {"metasoft_boundary": boundary}}}
+    response = requests.post(f"{server.url}/generate", json=body, timeout=60)
+    assert response.status_code == 400, response.text
+    assert "metasoft_boundary" in response.text and "allowed" in response.text and "an integer" in response.text
+
+
+@pytest.mark.parametrize("keep_raw", [True, False], ids=["keep-raw", "free-raw"])
+def test_twenty_questions_compute_little_but_themselves(start_server, tokenizer, keep_raw):
+    """A document of 6,000 tokens in a pool that cannot hold it twice; freed raw, only the second computes it again."""
+    server = start_server(*FLAGS, *([] if keep_raw else ["--no-metasoft-keep-raw"]), env=STRICT_CHECKS)
+    prompts, answers, shared = make_prompts(tokenizer)
+    assert shared >= 6000 and POOL_TOKENS < 2 * shared
+    result = ask_all(server, prompts, answers, shared, salted=False)
+    own = result["own_tokens_after_first"]
+    again = 0 if keep_raw else shared
+    assert result["computed_after_first"] - again <= (1.1 if keep_raw else 1.2) * own, json.dumps(result)
+    assert not result["bypassed"] and max(result["kv_tokens"]) < shared / 4 + 150
+    assert_pool_is_whole(server, POOL_TOKENS)
+
+
+def test_the_frontend_language_example(start_server):
+    server = start_server("--enable-metasoft")
+    example = Path(__file__).parents[2] / "examples" / "fork_over_document.py"
+    done = subprocess.run([sys.executable, example, "--url", server.url], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    computed = [int(line.split()[3]) for line in done.stdout.splitlines() if "computed," in line]
+    assert len(computed) == 6 and max(computed[1:]) < 120 < computed[0], done.stdout

@@ -3,7 +3,8 @@
 The document is real text with one made-up fact for each question. Every question comes as a prompt of its own (document
 and question), in three ways: sharing (one after the other, nothing named), not sharing (a ``cache_salt`` for each), and
 plain SGLang. Counted are the prompt tokens computed after the first question, against the tokens that come after the
-document, and the questions that are answered right.
+document. The answers of all three are scored by what plain SGLang, with every entry kept, thinks of them: their mean
+log-probability per token.
 
     python benchmarks/shared_document.py [--method snapkv] [--ratio 4] [--output shared.json]
 """
@@ -55,7 +56,7 @@ def ask_all(server: Server, prompts: list[list[int]], answers: list[str], shared
     responses = []
     for number, prompt in enumerate(prompts):
         fields = {"cache_salt": f"question {number}"} if salted else {}
-        responses.append(server.generate(prompt, 8, **fields))
+        responses.append(server.generate(prompt, 16, **fields))
     metas = [response["meta_info"] for response in responses]
     later = list(zip(prompts, metas, strict=True))[1:]
     own = sum(len(prompt) - shared for prompt, _ in later)
@@ -63,12 +64,22 @@ def ask_all(server: Server, prompts: list[list[int]], answers: list[str], shared
     return {
         "right": sum(answer in response["text"] for answer, response in zip(answers, responses, strict=True)),
         "questions": len(prompts),
+        "output_ids": [response["output_ids"] for response in responses],
         "computed_after_first": computed,
         "own_tokens_after_first": own,
         "computed_over_own": round(computed / own, 3),
         "kv_tokens": [meta.get("metasoft_kv_tokens") for meta in metas],
         "bypassed": [meta["metasoft_bypass"] for meta in metas if "metasoft_bypass" in meta],
     }
+
+
+def score(plain: Server, prompts: list[list[int]], outputs: list[list[int]]) -> float:
+    """Mean log-probability per token that plain SGLang gives to answers."""
+    total = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        response = plain.generate(prompt + output, 1, return_logprob=True, logprob_start_len=len(prompt))
+        total += [value for value, *_ in response["meta_info"]["input_token_logprobs"] if value is not None]
+    return round(sum(total) / len(total), 3)
 
 
 def main() -> None:
@@ -91,6 +102,10 @@ def main() -> None:
             for way, salted in ways.items():
                 result = results[f"{name}, {way}"] = ask_all(server, prompts, answers, shared, salted)
                 print(f"{name}, {way}:", json.dumps(result), flush=True)
+            if name == "plain":
+                for way, result in results.items():
+                    result["score"] = score(server, prompts, result["output_ids"])
+                    print(f"score of {way}: {result['score']}", flush=True)
     if args.output:
         args.output.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -28,18 +28,18 @@ QUESTIONS = (
 
 
 @sgl.function
-def read_and_fork(state, document: str, questions: tuple[str, ...]):
+def read_and_fork(s, document: str, questions: tuple[str, ...]):
     """One summary, then one fork a question; the forks' states are kept in ``answers``."""
-    state += document
-    summary = state.fork(1)[0]
+    s += document
+    summary = s.fork(1)[0]
     summary += "\n\nIn one sentence, this speech says that"
     summary += sgl.gen("answer", max_tokens=24, temperature=0)
     summary["answer"]  # wait for it: the forks below find the document in the cache
-    forks = state.fork(len(questions))
+    forks = s.fork(len(questions))
     for fork, question in zip(forks, questions, strict=True):
         fork += f"\n\nQuestion: {question}\nAnswer:"
         fork += sgl.gen("answer", max_tokens=24, temperature=0)
-    state["answers"] = [summary, *forks]
+    s["answers"] = [summary, *forks]
 
 
 def run(url: str) -> list[dict]:

@@ -45,7 +45,7 @@ class Server:
         entry: tuple[str, ...] = ("-m", "sglang.launch_server"),
         env: dict | None = None,
     ) -> None:
-        self.port = port or _free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = Path(log)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ class Server:
         return requests.get(f"{self.url}/server_info", timeout=60).json()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

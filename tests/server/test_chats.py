@@ -36,15 +36,15 @@ def test_twelve_turns_hold_a_quarter_and_compute_only_what_is_new(server, docume
 
 
 def test_length_limits_count_logical_tokens(server, document_ids):
-    """Compressed, the prompt would fit the context twice over; its positions would not."""
-    prompt = (document_ids + document_ids)[: CONTEXT - 92]
-    response = server.generate(prompt, 400, sampling_params={"ignore_eos": True})
-    assert metasoft(response)["kv_tokens"] <= -(-len(prompt) // RATIO)
-    first = response["meta_info"]
-    assert first["finish_reason"]["type"] == "length" and first["completion_tokens"] < 92
-    again = server.generate(prompt, 400, sampling_params={"ignore_eos": True})
-    assert metasoft(again)["reused_tokens"] == len(prompt) - WINDOW
-    assert again["meta_info"]["completion_tokens"] == first["completion_tokens"]
-    body = {"input_ids": prompt + prompt[:200], "sampling_params": {"max_new_tokens": 4}}
-    refused = requests.post(f"{server.url}/generate", json=body, timeout=60)
-    assert refused.status_code == 400 and str(CONTEXT) in refused.text
+    """Compressed, the prompt would fit the context four times over; its positions would not."""
+    prompt, room = (document_ids + document_ids)[: CONTEXT - 60], 60
+    for reused in (0, len(prompt) - WINDOW):
+        response = server.generate(prompt, room, sampling_params={"ignore_eos": True})
+        assert metasoft(response)["kv_tokens"] <= -(-len(prompt) // RATIO)
+        assert metasoft(response)["reused_tokens"] == reused
+        meta = response["meta_info"]
+        assert meta["finish_reason"]["type"] == "length" and room - 2 <= meta["completion_tokens"] <= room
+    for ids, new_tokens in ((prompt, room + 1), (prompt + prompt[:200], 4)):
+        body = {"input_ids": ids, "sampling_params": {"max_new_tokens": new_tokens}}
+        refused = requests.post(f"{server.url}/generate", json=body, timeout=60)
+        assert refused.status_code == 400 and str(CONTEXT) in refused.text, refused.text

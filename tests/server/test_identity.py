@@ -11,16 +11,16 @@ pytestmark = pytest.mark.server
 
 PROMPTS = 20
 WINDOW = 64
-NEW_TOKENS = 12
+NEW_TOKENS = 10
 FLAGS = ["--dtype", "float32"]
 METASOFT = ["--enable-metasoft", "--metasoft-ratio", "1"]
 
 
 def make_prompts(document_ids: list[int]) -> list[list[int]]:
-    """20 prompts of 1K to 4K tokens, more short ones than long; every second one starts like the others do."""
+    """20 prompts of 1K to 4K tokens, many short ones and few long; every second one starts like the others do."""
     prompts = []
     for number in range(PROMPTS):
-        length = 1000 + 3000 * number**2 // (PROMPTS - 1) ** 2
+        length = 1000 + 3000 * number**4 // (PROMPTS - 1) ** 4
         start = 0 if number % 2 else number * 29
         prompts.append(document_ids[start : start + length])
     return prompts

@@ -1,4 +1,4 @@
-"""A pool that is too small: chunks, mixed batches, pages of 16, forced retraction, aborts. Nothing is lost or leaks."""
+"""A pool that is too small: chunks, mixed batches, pages, forced retraction, aborts. Nothing is lost or leaks."""
 
 import random
 import threading
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.server
 
 POOL_TOKENS = 3072
 FLAGS = [
-    "--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--page-size", "16",
+    "--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS),
     "--chunked-prefill-size", "256", "--enable-mixed-chunk",
 ]  # fmt: skip
 
@@ -21,9 +21,16 @@ FLAGS = [
 # SGLang's own switch for testing: every 25th step retracts what it can.
 FORCED_RETRACTION = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "25"}
 VARIANTS = {
-    "free-raw": ["--no-metasoft-keep-raw"],
-    "keep-raw-snapkv": ["--metasoft-method", "snapkv"],
-    "during-prefill": ["--metasoft-during-prefill", "--metasoft-min-tokens", "128"],
+    "free-raw-page-1": ["--no-metasoft-keep-raw"],
+    "keep-raw-snapkv-page-64": ["--metasoft-method", "snapkv", "--page-size", "64"],
+    "during-prefill-page-16": [
+        "--metasoft-during-prefill",
+        "--metasoft-min-tokens",
+        "128",
+        "--page-size",
+        "16",
+        "--disable-overlap-schedule",
+    ],  # fmt: skip
 }
 
 

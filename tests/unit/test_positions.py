@@ -1,4 +1,4 @@
-"""The position offset: what decode graphs rely on. A graph's input buffer is filled from ``forward_batch.positions``."""
+"""The position offset, and what decode graphs rely on: their buffer is filled from ``forward_batch.positions``."""
 
 from types import SimpleNamespace
 

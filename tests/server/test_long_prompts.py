@@ -65,7 +65,8 @@ def test_a_prompt_that_does_not_fit_even_so_is_refused(server, long_ids, fields)
 
 
 def test_the_output_is_held_to_what_the_compressed_prompt_leaves(server, long_ids):
-    response = server.generate(long_ids[:5000], 5000, sampling_params={"ignore_eos": True})
+    options = {"sampling_params": {"ignore_eos": True}, "custom_params": {"metasoft_ratio": 3}}
+    response = server.generate(long_ids[:6000], 2000, **options)
     held = metasoft(response)["kv_tokens"] + response["meta_info"]["completion_tokens"]
     assert POOL_TOKENS * 0.8 < held <= POOL_TOKENS
     assert response["meta_info"]["finish_reason"]["type"] == "length"

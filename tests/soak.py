@@ -32,8 +32,8 @@ from tests.server.checks import assert_pool_is_whole, assert_sound_inside, insid
 POOL_TOKENS = 4096
 MAX_PROMPT = 1500
 THREADS = 8
-ROUND_TASKS = 40
-ROUNDS_PER_POOL_CHECK = 10
+ROUND_TASKS = 50
+ROUNDS_PER_POOL_CHECK = 15
 FLAGS = "--page-size 16 --chunked-prefill-size 512 --enable-mixed-chunk"
 RETRACTION = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "10"}
 FAULTS = dict(probe=0.05, reserve=0.05, nan=0.05, layer=0.05, write=0.05)
@@ -46,7 +46,7 @@ BAD_OPTIONS = [
     {"metasoft_colour": 1}, {"metasoft_ratio": 2, "metasoft_budget": 100},
 ]  # fmt: skip
 KINDS = dict(
-    chat=18, document=22, repeat=10, short=14, stream=8, tenant=8, abort=8, hang_up=4, invalid=4, logprobs=4,
+    chat=17, document=20, repeat=10, short=18, stream=8, tenant=8, abort=8, hang_up=4, invalid=4, logprobs=4,
     parallel=3, batch=3, sampled=3, too_long=1,
 )  # fmt: skip
 

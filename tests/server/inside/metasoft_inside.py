@@ -1,7 +1,8 @@
 """A plugin for tests: injects faults into the compression, and checks tree, pool and chains whenever a server idles.
 
 ``tests/server/inside`` on ``PYTHONPATH`` loads it; ``METASOFT_INSIDE`` holds JSON: a ``seed``, and for each stage of
-``STAGES`` the probability that it fails. A request whose id starts with ``inside-<stage>`` fails there for certain.
+``STAGES`` the probability that it fails. A request whose id starts with ``inside-<stage>`` fails there for certain;
+one whose id starts with ``inside-corrupt`` spoils an entry of its chain, which the next check must notice.
 Each check writes one line, ``metasoft inside: ok ...`` or ``metasoft inside: BROKEN ...``, to the server's log.
 """
 
@@ -85,7 +86,9 @@ class Faults:
 
     def compress_finished(self, original, compressor, batch):
         self.reqs = batch.reqs
-        return original(compressor, batch)
+        original(compressor, batch)
+        if self._named("corrupt"):
+            spoil_last_chain(compressor.scheduler)
 
     def reserve(self, original, committer, num_slots):
         # Requests reserve one after the other; a named one's turn is not known, so all of its batch fail.
@@ -254,6 +257,12 @@ def live_slots(scheduler, namespace: tuple, chain) -> torch.Tensor | None:
 def tenant_of(namespace: tuple) -> tuple:
     """``(extra_key, cache_salt)``: the last entries of a namespace but one."""
     return namespace[-3], namespace[-2]
+
+
+def spoil_last_chain(scheduler) -> None:
+    key, chain = list(scheduler.tree_cache.chains._recency.values())[-1]
+    slots = live_slots(scheduler, key[0], chain)
+    scheduler.token_to_kv_pool_allocator.get_kvcache().get_key_buffer(0)[slots[-1]] += 1
 
 
 def is_finite(scheduler, slots: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := .demo/SmolLM2-135M-Instruct/ready
 
-.PHONY: demo serve test test-fast bench-memory lint clean
+.PHONY: demo serve test test-fast bench-memory soak lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/sglang-metasoft demo
@@ -21,6 +21,9 @@ test-fast: $(INSTALLED)
 
 bench-memory: $(MODEL)
 	$(BIN)/python benchmarks/memory.py --plot docs/memory.png
+
+soak: $(MODEL)
+	$(BIN)/python tests/soak.py --seconds 600 --faults
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,13 +1,14 @@
 """The stages of one layer, in order: probe -> score -> route -> merge. Tensors in, tensors out."""
 
 import torch
+from metasoft_kernels.merge import gather
 from metasoft_kernels.probe import attend
 
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.merge import consolidate
 from sglang_metasoft.route import choose_routes
 from sglang_metasoft.score.base import Method
-from sglang_metasoft.types import Job, LayerPool, MergedKV, Routes
+from sglang_metasoft.types import Job, LayerPool, MergedKV, Routes, Scores
 
 
 def compress_layer(
@@ -19,8 +20,10 @@ def compress_layer(
     method: Method,
     config: MetaSoftConfig,
     gate_scale: torch.Tensor | float,
-) -> tuple[torch.Tensor, Routes, MergedKV]:
+) -> tuple[torch.Tensor, Routes, MergedKV, torch.Tensor]:
     """Probe one layer of one request's KV and consolidate its span.
+
+    What is not finite does no harm: such importance counts as none, such a merged value stays as it was.
 
     Args:
         job: where the entries lie.
@@ -30,18 +33,24 @@ def compress_layer(
         gate_scale: the method's factor on the gate for this layer's heads.
 
     Returns:
-        The probe tokens' attention output ``[t, H, d]``, the routes, and the entries to write.
+        The probe tokens' attention output ``[t, H, d]``, the routes, the entries to write, and whether everything
+        was finite: a bool tensor on the device, for callers that can read it without waiting.
     """
     out, lse = attend(
         q, pool.key, pool.value, job.context_slots, k_new, v_new, pool.scale, pool.key_scale, pool.value_scale
     )
-    scores = method.score(q, pool.key, job.span_slots, lse, pool.scale, pool.key_scale)
+    raw = method.score(q, pool.key, job.span_slots, lse, pool.scale, pool.key_scale).importance
+    scores = Scores(raw.nan_to_num(0.0, 0.0, 0.0))
     keys = _read(pool.key, job.span_slots, pool.key_scale, q.dtype)
     values = _read(pool.value, job.span_slots, pool.value_scale, q.dtype)
     consolidation = config.consolidation or method.default_consolidation
     targets = config.route_targets if consolidation == "attention_flow" else 0
     routes = choose_routes(job.plan, scores, keys, targets, pool.scale)
-    return out, routes, consolidate(keys, values, scores, routes, gate_scale)
+    merged = consolidate(keys, values, scores, routes, gate_scale)
+    finite_values = merged.value.isfinite()
+    is_finite = raw.isfinite().all() & merged.key.isfinite().all() & finite_values.all()
+    merged = merged._replace(value=torch.where(finite_values, merged.value, gather(values, routes.kept)))
+    return out, routes, merged, is_finite
 
 
 def _read(buffer: torch.Tensor, slots: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -197,6 +197,12 @@ def check_compressor(path: str, shape: ModelShape, folder: Path | None = None) -
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"metasoft path: {path!r} lacks {' and '.join(missing)}")
+    try:
+        # Reads the header, and compares what it promises with the file's length.
+        with safe_open(folder / WEIGHTS_NAME, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"metasoft path: {path!r}: {WEIGHTS_NAME} cannot be read: {error}") from None
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
         found_format, trained_for, sizes = config["format"], config["model"], config["sizes"]

@@ -109,7 +109,7 @@ class SchedulerCompressor:
             with scheduler.forward_stream_ctx if overlap else contextlib.nullcontext():
                 if overlap:
                     scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
-                self._run([(req, plan, slots) for _, req, plan, slots in reserved])
+                is_sound = self._run([(req, plan, slots) for _, req, plan, slots in reserved])
         except Exception:
             logger.exception("MetaSoft: compression failed, %d requests stay uncompressed", len(reserved))
             for _, req, _, slots in reserved:
@@ -122,7 +122,12 @@ class SchedulerCompressor:
             scheduler.batch_record_buf[scheduler.batch_record_ct].append([slots for *_, slots in reserved])
             scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
         shrink = [0] * len(batch.reqs)
-        for position, req, plan, slots in reserved:
+        for (position, req, plan, slots), sound in zip(reserved, is_sound, strict=True):
+            if not sound:
+                logger.error("MetaSoft: compression failed, numbers are not finite; request %s stays as it is", req.rid)
+                self.committer.give_back(slots)
+                self._skip(req, Bypass.FAULT)
+                continue
             self._commit(req, plan, slots)
             shrink[position] = plan.saved_slots
         self._shrink_batch(batch, shrink)
@@ -179,15 +184,22 @@ class SchedulerCompressor:
         req.full_untruncated_fill_ids = array("q")
         req.refresh_fill_ids()
 
-    def _run(self, items: list[tuple[object, Plan, torch.Tensor]]) -> None:
-        """Probe, score, route, merge and write the new slots of all items; runs on the forward stream."""
+    def _run(self, items: list[tuple[object, Plan, torch.Tensor]]) -> list[bool]:
+        """Probe, score, route, merge and write the new slots of all items; runs on the forward stream.
+
+        Returns:
+            For each item whether its entries may be committed. Only a CPU says no: any other device would have to
+            be waited for, and there the stages themselves make harmless what is not finite.
+        """
         jobs = [self._make_job(req, plan, slots) for req, plan, slots in items]
         trace = [[] for _ in jobs] if self.config.trace_dir else None
         order = {id(job): number for number, job in enumerate(jobs)}
+        finite = [[] for _ in jobs]
 
         def on_layer(job, layer, q, k, v, pool):
             gate_scale = self.method.gate_scale(layer.layer_id, self.first_kv_head, layer.tp_k_head_num)
-            out, routes, merged = compress_layer(job, q, k, v, pool, self.method, self.config, gate_scale)
+            out, routes, merged, is_finite = compress_layer(job, q, k, v, pool, self.method, self.config, gate_scale)
+            finite[order[id(job)]].append(is_finite)
             if trace is not None:
                 trace[order[id(job)]].append((routes.kept.cpu(), merged.key.cpu().clone(), merged.value.cpu().clone()))
             self.committer.write(layer, job.new_slots, merged)
@@ -199,6 +211,9 @@ class SchedulerCompressor:
         if trace is not None:
             for (req, plan, _), layers in zip(items, trace, strict=True):
                 self._write_trace(req, plan, layers)
+        if torch.device(self.runner.device).type != "cpu":
+            return [True] * len(jobs)
+        return [all(flags) for flags in finite]
 
     def _make_job(self, req, plan: Plan, slots: torch.Tensor) -> Job:
         state: RequestState = req.metasoft

@@ -86,12 +86,12 @@ class SchedulerHooks:
         result = original(batch)
         for req in batch.reqs:
             state: RequestState | None = getattr(req, "metasoft", None)
-            if state is not None and state.chain is not None and not state.is_reuse_counted:
+            # At the first extend alone: any chain after it is the request's own work.
+            if state is not None and not state.is_reuse_counted:
                 state.is_reuse_counted = True
-                state.reused_tokens = state.chain.tokens
-                if not req.retracted_stain:
-                    req.cached_tokens += state.offset
-                    req.cached_tokens_device += state.offset
+                state.reused_tokens = state.chain.tokens if state.chain else 0
+                req.cached_tokens += state.offset
+                req.cached_tokens_device += state.offset
         return result
 
     def shift_positions(self, forward_batch, cls, batch, model_runner, *args, **kwargs) -> None:

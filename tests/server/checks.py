@@ -1,12 +1,39 @@
 """What several server tests check: the report of a response, and that the pool is whole again."""
 
+import json
+import os
 import time
+from pathlib import Path
 
 # SGLang checks its own books after every batch and whenever idle, and dies if they do not add up.
 STRICT_CHECKS = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
 }
+
+INSIDE = Path(__file__).with_name("inside")
+
+
+def inside_env(**faults) -> dict[str, str]:
+    """Environment of a server that runs the plugin in ``inside``: its checks and, if asked for, its faults."""
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(INSIDE)]))
+    return STRICT_CHECKS | {"PYTHONPATH": path, "METASOFT_INSIDE": json.dumps(faults)}
+
+
+def inside_lines(server, word: str) -> list[str]:
+    """What the plugin wrote: lines with ``ok``, ``BROKEN`` or ``fault``."""
+    return [line for line in server.log.read_text(errors="replace").splitlines() if f"metasoft inside: {word}" in line]
+
+
+def assert_sound_inside(server, checks_before: int) -> None:
+    """The plugin checks once more, as it does after each change when the server idles, and finds nothing wrong."""
+    deadline = time.monotonic() + 60
+    while len(inside_lines(server, "ok")) <= checks_before and time.monotonic() < deadline:
+        if inside_lines(server, "BROKEN"):
+            break
+        time.sleep(0.1)
+    assert not inside_lines(server, "BROKEN"), "\n".join(inside_lines(server, "BROKEN"))
+    assert len(inside_lines(server, "ok")) > checks_before, f"no check came out well in 60 s:\n{server.log_tail(40)}"
 
 
 def wait_until(server, is_reached, what: str) -> dict[str, float]:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from sglang_metasoft.demo.server import Server, ServerFailed
+from sglang_metasoft.soft_tokens import SoftTokens
+from sglang_metasoft.types import ModelShape
 
 pytestmark = pytest.mark.server
 
@@ -54,6 +56,22 @@ def test_a_wrong_start_fails_in_one_clear_sentence(model_dir, tmp_path, flags, w
     lines = (tmp_path / "log").read_text().splitlines()
     assert any(words.replace("'0'", "0") in line.replace("'0'", "0") for line in lines), "\n".join(lines[-20:])
     assert "Load weight begin" not in "\n".join(lines)
+
+
+def test_a_truncated_compressor_fails_before_the_model_loads(model_dir, tmp_path):
+    from transformers import AutoConfig
+
+    cfg = AutoConfig.from_pretrained(model_dir)
+    shape = ModelShape(
+        str(model_dir), cfg.vocab_size, cfg.hidden_size, cfg.num_hidden_layers,
+        cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim,
+    )  # fmt: skip
+    folder = tmp_path / "compressor"
+    SoftTokens(cfg.hidden_size, 64, 8, cfg.num_hidden_layers, cfg.num_key_value_heads).save(folder, shape)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    words = f"metasoft path: '{folder}': model.safetensors cannot be read: "
+    test_a_wrong_start_fails_in_one_clear_sentence(model_dir, tmp_path, ["--metasoft-path", str(folder)], words)
 
 
 def test_sglang_serve(start_server, document_ids):

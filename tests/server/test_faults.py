@@ -3,8 +3,16 @@
 import json
 
 import pytest
+import requests
 
-from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
+from tests.server.checks import (
+    STRICT_CHECKS,
+    assert_pool_is_whole,
+    assert_sound_inside,
+    inside_env,
+    inside_lines,
+    metasoft,
+)
 
 pytestmark = pytest.mark.server
 
@@ -26,3 +34,47 @@ def test_a_fault_leaves_the_request_uncompressed(start_server, document_ids, tmp
     assert response["output_ids"] == again["output_ids"]
     assert again["meta_info"]["cached_tokens"] > 1100, "the raw entries of a failed compression stay shared"
     assert_pool_is_whole(server, POOL_TOKENS, expects_faults=True)
+
+
+STAGES = {"probe": "fault", "reserve": "no_free_slots", "nan": "fault", "layer": "fault", "write": "fault"}
+
+
+@pytest.fixture(scope="module")
+def faulty_server(start_server):
+    """A server in which a request named ``inside-<stage>`` fails at that stage."""
+    flags = ["--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--dtype", "float32"]
+    return start_server(*flags, env=inside_env())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_may_fail(faulty_server, document_ids, stage):
+    """Served as by plain SGLang, and said so; the next one like it is compressed."""
+    start = 150 * list(STAGES).index(stage)
+    ids = document_ids[start : start + 1000]
+    plain = faulty_server.generate(ids, 12, custom_params={"metasoft_ratio": 1}, cache_salt="plain")
+    response = faulty_server.generate(ids, 12, rid=f"inside-{stage}")
+    assert metasoft(response) == {"span_tokens": 0, "kv_tokens": 1000, "reused_tokens": 0, "bypass": STAGES[stage]}
+    assert response["output_ids"] == plain["output_ids"] and response["meta_info"]["prompt_tokens"] == 1000
+    assert len(inside_lines(faulty_server, f"fault {stage}")) == 1
+    checks = len(inside_lines(faulty_server, "ok"))
+    assert metasoft(faulty_server.generate(ids, 12))["span_tokens"] == 1000 - 64
+    assert_sound_inside(faulty_server, checks)
+
+
+def test_numbers_that_are_not_finite_concern_one_request_of_a_batch(faulty_server, document_ids):
+    prompts = [document_ids[3000 + 100 * n :][:700] for n in range(3)]
+    rids = ["first", "inside-nan-in-batch", "last"]
+    body = {"input_ids": prompts, "rid": rids, "sampling_params": {"temperature": 0, "max_new_tokens": 4}}
+    responses = requests.post(f"{faulty_server.url}/generate", json=body, timeout=300).json()
+    reports = [metasoft(response) for response in responses]
+    assert [report["span_tokens"] for report in reports] == [636, 0, 636] and reports[1]["bypass"] == "fault"
+    assert_pool_is_whole(faulty_server, POOL_TOKENS, expects_faults=True)
+    assert_sound_inside(faulty_server, 0)
+
+
+def test_the_check_inside_notices_a_spoilt_entry(faulty_server, document_ids):
+    """Last, because it stays noticed."""
+    checks = len(inside_lines(faulty_server, "ok"))
+    faulty_server.generate(document_ids[2000:2800], 4, rid="inside-corrupt")
+    with pytest.raises(AssertionError, match="BROKEN .*the entries of a chain of .* slots have changed"):
+        assert_sound_inside(faulty_server, checks)

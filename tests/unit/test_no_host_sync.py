@@ -40,6 +40,7 @@ def test_a_layer_is_compressed_without_reading_a_value(name, consolidation, monk
         pool = LayerPool(torch.empty(500, 3, 16, device=device), torch.empty(500, 3, 16, device=device), 0.25, 1.0, 1.0)
         q = torch.empty(t, 6, 16, device=device)
         k, v = torch.empty(t, 3, 16, device=device), torch.empty(t, 3, 16, device=device)
-        out, routes, merged = compress_layer(job, q, k, v, pool, method, config, method.gate_scale(1, 0, 3))
+        out, routes, merged, is_finite = compress_layer(job, q, k, v, pool, method, config, method.gate_scale(1, 0, 3))
     assert out.shape == (t, 6, 16) and routes.kept.shape == (3, 40)
     assert merged.key.shape == merged.value.shape == (40, 3, 16) and merged.key.device.type == "cuda"
+    assert is_finite.shape == () and is_finite.device.type == "cuda"

@@ -1,0 +1,281 @@
+"""A plugin for tests: injects faults into the compression, and checks tree, pool and chains whenever a server idles.
+
+``tests/server/inside`` on ``PYTHONPATH`` loads it; ``METASOFT_INSIDE`` holds JSON: a ``seed``, and for each stage of
+``STAGES`` the probability that it fails. A request whose id starts with ``inside-<stage>`` fails there for certain;
+one whose id starts with ``inside-corrupt`` spoils an entry of its chain, which the next check must notice.
+Each check writes one line, ``metasoft inside: ok ...`` or ``metasoft inside: BROKEN ...``, to the server's log.
+"""
+
+import json
+import logging
+import os
+import random
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+STAGES = ("probe", "reserve", "nan", "layer", "write")
+CHECKED_LAYERS = 3
+
+logger = logging.getLogger("metasoft_inside")
+
+
+def register() -> None:
+    """Called by SGLang in every process."""
+    for path, hook in (
+        ("configure_scheduler_process", install),
+        ("Scheduler.on_idle", lambda result, scheduler: check_when_idle(scheduler)),
+    ):
+        HookRegistry.register(f"sglang.srt.managers.scheduler.{path}", hook, HookType.AFTER)
+
+
+def install(result, *args, **kwargs) -> None:
+    """AFTER ``configure_scheduler_process``: only here may the product's modules be imported."""
+    import metasoft_patches.compressor as compressor
+
+    from sglang_metasoft.chains import ChainIndex
+
+    faults = Faults(json.loads(os.environ.get("METASOFT_INSIDE", "{}")))
+    for owner, name, wrapper in (
+        (compressor.SchedulerCompressor, "compress_finished", faults.compress_finished),
+        (compressor, "run_probe", faults.run_probe),
+        (compressor, "compress_layer", faults.compress_layer),
+        (compressor.Committer, "reserve", faults.reserve),
+        (compressor.Committer, "write", faults.write),
+        (ChainIndex, "add", chain_added),
+    ):
+        setattr(owner, name, _wrapped(getattr(owner, name), wrapper))
+
+
+def _wrapped(original, wrapper):
+    return lambda *args, **kwargs: wrapper(original, *args, **kwargs)
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+class InjectedFault(RuntimeError):
+    """Raised on purpose."""
+
+
+class NanMethod:
+    """A method whose importance has a NaN."""
+
+    def __init__(self, method) -> None:
+        self._method = method
+
+    def __getattr__(self, name: str):
+        return getattr(self._method, name)
+
+    def score(self, *args, **kwargs):
+        scores = self._method.score(*args, **kwargs)
+        scores.importance[0, scores.importance.shape[1] // 2] = float("nan")
+        return scores
+
+
+class Faults:
+    """Decides, from a seed, which call of which stage fails; where it wraps a function, it is named after it."""
+
+    def __init__(self, settings: dict) -> None:
+        self.random = random.Random(settings.get("seed", 0))
+        self.rates = {stage: settings.get(stage, 0) for stage in STAGES}
+        self.counts = dict.fromkeys(STAGES, 0)
+        self.reqs: list = []
+        self.aims: dict[str, int] = {}  # stage: the call, counted within one probe run, that fails
+        self.calls = dict.fromkeys(STAGES, 0)
+
+    def compress_finished(self, original, compressor, batch):
+        self.reqs = batch.reqs
+        original(compressor, batch)
+        if self._named("corrupt"):
+            spoil_last_chain(compressor.scheduler)
+
+    def reserve(self, original, committer, num_slots):
+        # Requests reserve one after the other; a named one's turn is not known, so all of its batch fail.
+        return None if self._strikes("reserve") else original(committer, num_slots)
+
+    def run_probe(self, original, runner, backend, rows):
+        jobs, layers = len(backend.jobs), runner.model_config.num_hidden_layers
+        self.calls = dict.fromkeys(STAGES, 0)
+        self.aims = {}
+        for stage in ("nan", "layer", "write"):
+            job = self.random.randrange(jobs) if self.random.random() < self.rates[stage] else None
+            for req in self._named(stage):
+                job = rows.tolist().index(req.kv.req_pool_idx)
+            if job is not None:
+                self.aims[stage] = self.random.randrange(layers) * jobs + job
+        if self._strikes("probe"):
+            raise InjectedFault("the probe")
+        return original(runner, backend, rows)
+
+    def compress_layer(self, original, job, q, k_new, v_new, pool, method, *args):
+        if self._is_aimed("layer"):
+            raise InjectedFault("a layer")
+        if self._is_aimed("nan"):
+            method = NanMethod(method)
+        return original(job, q, k_new, v_new, pool, method, *args)
+
+    def write(self, original, *args):
+        result = original(*args)
+        if self._is_aimed("write"):
+            raise InjectedFault("after a layer was written")
+        return result
+
+    def _named(self, stage: str) -> list:
+        return [req for req in self.reqs if str(req.rid).startswith(f"inside-{stage}")]
+
+    def _strikes(self, stage: str) -> bool:
+        strikes = self.random.random() < self.rates[stage] or bool(self._named(stage))
+        if strikes:
+            self._count(stage)
+        return strikes
+
+    def _is_aimed(self, stage: str) -> bool:
+        call, self.calls[stage] = self.calls[stage], self.calls[stage] + 1
+        if self.aims.get(stage) != call:
+            return False
+        self._count(stage)
+        return True
+
+    def _count(self, stage: str) -> None:
+        self.counts[stage] += 1
+        logger.warning("metasoft inside: fault %s %d", stage, self.counts[stage])
+
+
+# -- checks --------------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """What the checks remember between two of them."""
+
+    scheduler = None
+    state: tuple | None = None
+    checks = 0
+    # The chain itself keeps its id from being used again.
+    digests: dict[int, tuple] = {}
+
+
+def chain_added(original, index, namespace, chain, digests):
+    """AROUND ``ChainIndex.add``, just after the commit: what the chain's entries are now, they must remain."""
+    known = original(index, namespace, chain, digests)
+    if Seen.scheduler is None:
+        return known
+    try:
+        slots = live_slots(Seen.scheduler, namespace, known)
+        assert slots is not None, f"a chain of {known.slots} slots was indexed but is not in the tree"
+        assert is_finite(Seen.scheduler, slots), f"a chain of {known.slots} slots holds numbers that are not finite"
+        Seen.digests[id(known)] = (known, digest(Seen.scheduler, slots))
+    except AssertionError as error:
+        logger.error("metasoft inside: BROKEN %s", error)
+    return known
+
+
+def check_when_idle(scheduler) -> None:
+    """AFTER ``Scheduler.on_idle``: one check after each change of the scheduler's state."""
+    Seen.scheduler = scheduler
+    tree, allocator = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator
+    if not hasattr(tree, "chains") or not scheduler.is_fully_idle():
+        return
+    state = (scheduler.forward_ct, len(tree.chains), allocator.available_size(), tree.evictable_size())
+    if state == Seen.state:
+        return
+    Seen.state = state
+    Seen.checks += 1
+    problems = [*pool_problems(scheduler)]
+    chains = [(chain, key[0]) for key, chain in tree.chains._recency.values()]
+    stale = 0
+    for chain, namespace in chains:
+        try:
+            slots = live_slots(scheduler, namespace, chain)
+        except AssertionError as error:
+            problems.append(str(error))
+            continue
+        _, expected = Seen.digests.get(id(chain), (None, None))
+        if slots is None:
+            stale += 1
+        elif expected is not None and digest(scheduler, slots) != expected:
+            problems.append(f"the entries of a chain of {chain.slots} slots have changed")
+    known = {id(chain) for chain, _ in chains}
+    Seen.digests = {key: value for key, value in Seen.digests.items() if key in known}
+    summary = (
+        f"check={Seen.checks} chains={len(chains)} stale={stale} free={allocator.available_size()} "
+        f"cached={tree.evictable_size()} pool={scheduler.max_total_num_tokens}"
+    )
+    if problems:
+        logger.error("metasoft inside: BROKEN %s: %s", summary, "; ".join(problems))
+    else:
+        logger.info("metasoft inside: ok %s", summary)
+
+
+def pool_problems(scheduler):
+    """Locks, sums, and every page exactly once: free or in the tree."""
+    tree, allocator = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator
+    if tree.protected_size() != 0:
+        yield f"{tree.protected_size()} slots of the tree are locked"
+    free, cached, total = allocator.available_size(), tree.evictable_size(), scheduler.max_total_num_tokens
+    if free + cached != total:
+        yield f"{free} free and {cached} cached slots are not the pool's {total}"
+    rows = scheduler.req_to_token_pool
+    if rows.available_size() != rows.size:
+        yield f"{rows.size - rows.available_size()} request rows are in use"
+    page = scheduler.page_size
+    in_tree = tree.all_values_flatten().cpu()
+    if page > 1:
+        offsets = in_tree.view(-1, page) % page
+        if not torch.equal(offsets, torch.arange(page).expand_as(offsets)):
+            yield "the tree holds a torn page"
+        in_tree = in_tree.view(-1, page)[:, 0] // page
+    pages = torch.cat([in_tree, allocator.get_all_free_pages().cpu()]).sort().values
+    if not torch.equal(pages, torch.arange(1, total // page + 1)):
+        twice = pages[1:][pages[1:] == pages[:-1]].unique().tolist()
+        yield f"free and cached pages are not each page once; twice: {twice[:10]}, {len(pages)} of {total // page}"
+
+
+def live_slots(scheduler, namespace: tuple, chain) -> torch.Tensor | None:
+    """The slots that the tree holds for a chain, without touching the tree; None if any of them was evicted.
+
+    Raises:
+        AssertionError: the tree holds something that eviction of whole nodes cannot have left.
+    """
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    tree = scheduler.tree_cache
+    extra_key, cache_salt = tenant_of(namespace)
+    key = RadixKey(chain.virtual_ids, extra_key, cache_salt=cache_salt)
+    matched, node, node_end = tree.tree_core.match_full_device_prefix(key)
+    assert matched <= chain.slots, f"{matched} slots matched of a chain of {chain.slots}"
+    if matched < chain.slots:
+        assert matched == node_end, f"a chain of {chain.slots} slots differs from the tree within a node, at {matched}"
+        return None
+    slots = tree.tree_core.collect_full_device_indices(node, tree.root_node_handle())
+    assert len(slots) == node_end, f"the path to a chain of {chain.slots} slots holds {len(slots)}, not {node_end}"
+    slots = slots[:matched]
+    assert len(slots.unique()) == matched, f"a chain of {chain.slots} slots holds a slot twice"
+    return slots
+
+
+def tenant_of(namespace: tuple) -> tuple:
+    """``(extra_key, cache_salt)``: the last entries of a namespace but one."""
+    return namespace[-3], namespace[-2]
+
+
+def spoil_last_chain(scheduler) -> None:
+    key, chain = list(scheduler.tree_cache.chains._recency.values())[-1]
+    slots = live_slots(scheduler, key[0], chain)
+    scheduler.token_to_kv_pool_allocator.get_kvcache().get_key_buffer(0)[slots[-1]] += 1
+
+
+def is_finite(scheduler, slots: torch.Tensor) -> bool:
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    buffers = (
+        buffer(layer) for layer in range(pool.layer_num) for buffer in (pool.get_key_buffer, pool.get_value_buffer)
+    )
+    return all(buffer[slots].isfinite().all() for buffer in buffers)
+
+
+def digest(scheduler, slots: torch.Tensor) -> tuple:
+    """What some layers hold in these slots."""
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    layers = torch.linspace(0, pool.layer_num - 1, CHECKED_LAYERS).long().tolist()
+    entries = [buffer(layer)[slots] for layer in layers for buffer in (pool.get_key_buffer, pool.get_value_buffer)]
+    return tuple(hash(tensor.contiguous().view(torch.uint8).numpy().tobytes()) for tensor in entries)

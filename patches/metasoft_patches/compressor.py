@@ -99,8 +99,7 @@ class SchedulerCompressor:
         for position, req, plan in chosen:
             slots = self.committer.reserve(plan.kept_slots)
             if slots is None:
-                done.add(id(req))
-                self._skip(req, Bypass.NO_FREE_SLOTS)
+                self._skip(req, Bypass.NO_FREE_SLOTS, done)
             else:
                 reserved.append((position, req, plan, slots))
         if not reserved:
@@ -113,9 +112,8 @@ class SchedulerCompressor:
         except Exception:
             logger.exception("MetaSoft: compression failed, %d requests stay uncompressed", len(reserved))
             for _, req, _, slots in reserved:
-                done.add(id(req))
                 self.committer.give_back(slots)
-                self._skip(req, Bypass.FAULT)
+                self._skip(req, Bypass.FAULT, done)
             return
         if overlap:
             # Made on this stream, read on the other: must outlive the forward.
@@ -126,7 +124,7 @@ class SchedulerCompressor:
             if not sound:
                 logger.error("MetaSoft: compression failed, numbers are not finite; request %s stays as it is", req.rid)
                 self.committer.give_back(slots)
-                self._skip(req, Bypass.FAULT)
+                self._skip(req, Bypass.FAULT, done)
                 continue
             self._commit(req, plan, slots)
             shrink[position] = plan.saved_slots
@@ -144,7 +142,7 @@ class SchedulerCompressor:
             is_last_chunk = req.extend_end == len(req.full_untruncated_fill_ids)
             if is_last_chunk:
                 if req.next_output_finishes_by_length():
-                    self._skip(req, Bypass.FINISHES_NOW)
+                    self._skip(req, Bypass.FINISHES_NOW, done)
                     continue
                 state.make_plan(self.config, self.page_size)
             elif self.config.during_prefill:
@@ -155,13 +153,14 @@ class SchedulerCompressor:
             if plan is not None and plan.end_slots >= req.kv.cache_protected_len:
                 chosen.append((position, req, plan))
             elif plan is not None:
-                done.add(id(req))
-                self._skip(req, Bypass.SHARED_WINDOW)
+                self._skip(req, Bypass.SHARED_WINDOW, done)
             elif not is_last_chunk:
                 state.make_plan(self.config, self.page_size)  # too little yet; the plan for the whole prompt stands
         return chosen
 
-    def _skip(self, req, reason: Bypass) -> None:
+    def _skip(self, req, reason: Bypass, done: set[int]) -> None:
+        """Leave a request's span as it is."""
+        done.add(id(req))
         state: RequestState = req.metasoft
         raw_slots = len(req.full_untruncated_fill_ids) - req.extend_end
         if raw_slots == 0:

@@ -15,8 +15,8 @@ from sglang_metasoft.chains import ChainIndex
 from sglang_metasoft.config import MetaSoftConfig
 
 BACKEND_NAME = "metasoft"
-# Below any priority that a client can send: raw twins of compressed spans are evicted before everything else.
-RAW_PRIORITY = -(1 << 62)
+# Below all others: raw twins of compressed spans are evicted before everything else.
+RAW_PRIORITY = -(1 << 63)
 
 
 class MetaSoftRadixCache(UnifiedRadixCache):
@@ -41,7 +41,8 @@ class MetaSoftRadixCache(UnifiedRadixCache):
         """
         plan = getattr(getattr(req, "metasoft", None), "plan", None)
         if plan is None or req.finished():
-            super().checkpoint(req, up_to=up_to, **kwargs)
+            # With priority scheduling, SGLang gives the lowest of all to requests that name none.
+            self._insert(req, max(req.priority or 0, RAW_PRIORITY + 1), up_to=up_to, **kwargs)
             return
         if not self.config.keep_raw:
             return
@@ -52,12 +53,14 @@ class MetaSoftRadixCache(UnifiedRadixCache):
 
     def checkpoint_raw(self, req, *, up_to: int) -> None:
         """Insert a raw span below every other priority, so that memory pressure takes it first."""
-        priority = req.priority
-        req.priority = RAW_PRIORITY
+        self._insert(req, RAW_PRIORITY, up_to=up_to)
+
+    def _insert(self, req, priority: int, **kwargs) -> None:
+        own_priority, req.priority = req.priority, priority
         try:
-            super().checkpoint(req, up_to=up_to)
+            super().checkpoint(req, **kwargs)
         finally:
-            req.priority = priority
+            req.priority = own_priority
 
 
 def make_factory(config: MetaSoftConfig):

@@ -1,11 +1,14 @@
 """The platform class behind :mod:`metasoft_patches.cpu_platform`: plain torch on the CPU."""
 
+import os
+
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
 DEFAULT_POOL_TOKENS = 65_536
 DEFAULT_MEMORY_FRACTION = 0.5
+THREAD_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
 class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -22,6 +25,10 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.mem_fraction_static = DEFAULT_MEMORY_FRACTION
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
+        ranks = server_args.tp_size * server_args.dp_size * server_args.pp_size
+        if ranks > 1:
+            # SGLang gives each rank a NUMA node of its own and refuses more ranks than nodes.
+            os.environ.setdefault(THREAD_BINDING, spread_cores(sorted(os.sched_getaffinity(0)), ranks))
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
@@ -35,3 +42,10 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def is_pin_memory_available(self, device=None) -> bool:
         return False
+
+
+def spread_cores(cores: list[int], ranks: int) -> str:
+    """Cores for each rank, in SGLang's notation (``0,1|2,3``); shared in turn where there are more ranks than cores."""
+    share = max(len(cores) // ranks, 1)
+    groups = [[cores[(rank * share + n) % len(cores)] for n in range(share)] for rank in range(ranks)]
+    return "|".join(",".join(map(str, group)) for group in groups)

@@ -1,5 +1,6 @@
 """Hooks inside a scheduler process. Each translates one moment of SGLang's scheduling into a call of the compressor."""
 
+import numpy as np
 import torch
 
 from metasoft_patches.admission import Admission
@@ -30,6 +31,11 @@ class SchedulerHooks:
         """AFTER ``Scheduler._create_generation_req``."""
         state = req.metasoft = RequestState(req, RequestOptions.parse(req.sampling_params.custom_params))
         prompt_tokens = len(req.origin_input_ids)
+        vocab_size = scheduler.model_config.vocab_size
+        ids = np.frombuffer(req.origin_input_ids, dtype=np.int64)
+        if prompt_tokens and req.to_finish is None and not (0 <= ids.min() and ids.max() < vocab_size):
+            # Among them could be virtual ids; and none of them can be computed.
+            req.set_finish_with_abort(f"input_ids: an id is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
         if recv_req.return_logprob and 0 <= recv_req.logprob_start_len < prompt_tokens - self.config.window:
             state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS  # SGLang fills the request's own field later
         if state.named_boundary is not None and state.named_boundary >= prompt_tokens and req.to_finish is None:

@@ -120,13 +120,20 @@ class Server:
         response.raise_for_status()
         return response.json()
 
-    def metrics(self) -> dict[str, float]:
-        """Prometheus metrics without labels' distinction (sums); needs ``--enable-metrics``."""
+    def metrics(self, **labels: str) -> dict[str, float]:
+        """Prometheus metrics, summed over labels; needs ``--enable-metrics``.
+
+        Args:
+            labels: leave out what has another value of these; SGLang counts requests in all (``priority=""``) and
+                again by priority.
+        """
         values: dict[str, float] = {}
         for line in requests.get(f"{self.url}/metrics", timeout=60).text.splitlines():
-            match = re.match(r"([a-zA-Z_:0-9]+)(?:\{.*\})? (\S+)$", line)
-            if match:
-                values[match[1]] = values.get(match[1], 0.0) + float(match[2])
+            match = re.match(r"([a-zA-Z_:0-9]+)(\{.*\})? (\S+)$", line)
+            if match and all(
+                f'{name}="' not in (match[2] or "") or f'{name}="{value}"' in match[2] for name, value in labels.items()
+            ):
+                values[match[1]] = values.get(match[1], 0.0) + float(match[3])
         return values
 
     def info(self) -> dict:

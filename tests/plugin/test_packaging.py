@@ -67,3 +67,13 @@ def test_the_cpu_platform_stays_out_where_it_is_not_wanted(monkeypatch):
     monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     assert cpu_platform.activate() is None
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"),
+    [([0, 1], 3, "0|1|0"), ([0, 1], 2, "0|1"), ([0, 1, 2, 3], 2, "0,1|2,3"), ([4, 6, 7], 2, "4|6")],
+)
+def test_more_ranks_than_numa_nodes_share_the_cores(cores, ranks, expected):
+    from metasoft_patches.cpu_platform_class import spread_cores
+
+    assert spread_cores(cores, ranks) == expected

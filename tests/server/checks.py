@@ -39,7 +39,7 @@ def assert_sound_inside(server, checks_before: int) -> None:
 def wait_until(server, is_reached, what: str) -> dict[str, float]:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        metrics = server.metrics()
+        metrics = server.metrics(priority="")
         if is_reached(metrics):
             return metrics
         time.sleep(0.5)

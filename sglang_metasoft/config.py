@@ -17,6 +17,8 @@ METHODS = {  # loaded lazily by sglang_metasoft.score.load_method
 }
 CONSOLIDATIONS = ("none", "attention_flow")
 NO_COMPRESSION = 1
+NUMBER_LIMIT = 2**63  # what a request carries must fit SGLang's messages between processes
+SHOWN_CHARS = 200
 
 
 def _setting(default: Any, *, flag: str | None, allowed: str, check: Callable[[Any], bool], help: str) -> Any:
@@ -25,16 +27,12 @@ def _setting(default: Any, *, flag: str | None, allowed: str, check: Callable[[A
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_ratio(value: Any) -> bool:
-    return _is_number(value) and value >= 1
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < NUMBER_LIMIT
 
 
-def _is_int_from(low: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= low
+def _is_int_from(low: int, below: float = math.inf) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value < below
 
 
 def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -60,15 +58,15 @@ class MetaSoftConfig:
     ratio: float = _setting(
         4.0,
         flag="--metasoft-ratio",
-        allowed="a number >= 1 (1 keeps every entry)",
+        allowed="a number >= 1 and < 2**63 (1 keeps every entry)",
         check=_is_ratio,
         help="Prompt tokens per kept KV entry, the raw window counted as kept.",
     )
     budget: int | None = _setting(
         None,
         flag="--metasoft-budget",
-        allowed="an integer >= 1",
-        check=_or_none(_is_int_from(1)),
+        allowed="an integer >= 1 and < 2**63",
+        check=_or_none(_is_int_from(1, NUMBER_LIMIT)),
         help="Kept KV entries per prompt, the raw window included; overrides the ratio.",
     )
     min_tokens: int = _setting(
@@ -182,10 +180,19 @@ def settings_of(cls: type = MetaSoftConfig) -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(cls) if field.metadata}
 
 
+def shown(value: Any) -> str:
+    """``repr(value)`` for an error message: of bounded length, and without an exception of its own."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits or deeper nesting than Python prints
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+
+
 def check_setting(name: str, value: Any, field: dataclasses.Field) -> None:
     """Raise ValueError, naming the value and the allowed ones, unless ``value`` suits the setting."""
     if not field.metadata["check"](value):
-        raise ValueError(f"metasoft {name}: {value!r} is not allowed; allowed: {field.metadata['allowed']}")
+        raise ValueError(f"metasoft {name}: {shown(value)} is not allowed; allowed: {field.metadata['allowed']}")
 
 
 def read_config_json(text: str) -> dict[str, Any]:
@@ -199,14 +206,28 @@ def read_config_json(text: str) -> dict[str, Any]:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--metasoft-config is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--metasoft-config must be a JSON object, got {type(values).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"--metasoft-config: {shown(text)} is not JSON ({error}); allowed: an object with the keys "
+            f"{', '.join(settings_of())}"
+        ) from None
+    return check_config(values)
+
+
+def check_config(values: Any) -> dict[str, Any]:
+    """Return the object of ``--metasoft-config``, checked.
+
+    Raises:
+        ValueError: not a dictionary, an unknown key, or a value out of range.
+    """
     settings = settings_of()
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"--metasoft-config must be a JSON object, got {shown(values)}; allowed: the keys {', '.join(settings)}"
+        )
     for name, value in values.items():
         if name not in settings:
-            raise ValueError(f"--metasoft-config: unknown key {name!r}; allowed: {', '.join(settings)}")
+            raise ValueError(f"--metasoft-config: unknown key {shown(name)}; allowed: {', '.join(settings)}")
         check_setting(name, value, settings[name])
     return values
 
@@ -219,7 +240,7 @@ class RequestOptions:
         None,
         flag=None,
         allowed="an integer >= 1, less than the prompt's tokens",
-        check=_is_int_from(1),
+        check=_is_int_from(1, NUMBER_LIMIT),
         help="Prompt tokens that other prompts share: they become a compressed segment of their own.",
     )
 
@@ -234,22 +255,26 @@ class RequestOptions:
             Setting name to value; empty if nothing is overridden.
 
         Raises:
-            ValueError: an unknown ``metasoft_`` key or a value out of range (SGLang answers HTTP 400).
+            ValueError: not a mapping, an unknown ``metasoft_`` key or a value out of range (SGLang answers HTTP 400).
         """
+        if custom_params is None:
+            return {}
+        if not isinstance(custom_params, Mapping):
+            raise ValueError(f"custom_params: {shown(custom_params)} is not allowed; allowed: an object or null")
         options = {}
-        for key, value in (custom_params or {}).items():
+        for key, value in custom_params.items():
             if not (isinstance(key, str) and key.startswith("metasoft_")):
                 continue
             if key not in cls.FIELDS:
-                raise ValueError(f"custom_params: unknown key {key!r}; allowed: {', '.join(cls.FIELDS)}")
+                raise ValueError(f"custom_params: unknown key {shown(key)}; allowed: {', '.join(cls.FIELDS)}")
             name = cls.FIELDS[key]
             field = cls.BOUNDARY if name == "boundary" else settings_of()[name]
             if value is None or not field.metadata["check"](value):
                 switch = "" if name == "boundary" else f" ({NO_COMPRESSION} switches compression off)"
                 raise ValueError(
-                    f"custom_params: {key}={value!r} is not allowed; allowed: {field.metadata['allowed']}{switch}"
+                    f"custom_params: {key}={shown(value)} is not allowed; allowed: {field.metadata['allowed']}{switch}"
                 )
             options[name] = value
         if "ratio" in options and "budget" in options:
-            raise ValueError("custom_params: give metasoft_ratio or metasoft_budget, not both")
+            raise ValueError("custom_params: metasoft_ratio and metasoft_budget are both given; allowed: one of them")
         return options

@@ -6,7 +6,9 @@ the same soft tokens, on every rank.
 """
 
 import hashlib
+import inspect
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sglang_metasoft.config import shown
 from sglang_metasoft.score.base import Embed
 from sglang_metasoft.types import ModelShape
 
@@ -21,6 +24,7 @@ FORMAT = "metasoft-compressor-1"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 LIBRARY_ROWS = 512
+MAX_SIZE = 65536
 CHECK_ROWS = 32
 CHECK_COSINE = 0.99
 EMBED_BLOCK_TOKENS = 4096
@@ -147,19 +151,38 @@ class SoftTokens(nn.Module):
         """
         folder = resolve_folder(path)
         config = check_compressor(path, shape, folder)
-        module = cls(**config["sizes"])
+        with torch.device("meta"):  # sizes cost no memory until the weights are known to have them
+            module = cls(**config["sizes"])
         try:
-            module.load_state_dict(load_file(folder / WEIGHTS_NAME))
-        except (SafetensorError, OSError, RuntimeError) as error:
+            module.load_state_dict(_read_weights(folder / WEIGHTS_NAME, module.state_dict()), assign=True)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"metasoft path: {path!r}: {WEIGHTS_NAME} cannot be read: {error}") from None
         found = _check_rows(shape, embed, device)
         cosine = nn.functional.cosine_similarity(found, module.embedding_check.float(), dim=-1).min().item()
         if not cosine >= CHECK_COSINE:
             raise ValueError(
-                f"metasoft path: {path!r} was trained for {config['model']['name']!r}, whose embedding table is not "
-                f"that of the served model {shape.name!r} (smallest cosine of compared rows {cosine:.3f})"
+                f"metasoft path: {path!r} was trained for {shown(config['model']['name'])}, whose embedding table is "
+                f"not that of the served model {shape.name!r} (smallest cosine of compared rows {cosine:.3f})"
             )
         return module.seal(device)
+
+
+def _read_weights(file: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of ``file`` as float32 copies; missing and unexpected names are left to ``load_state_dict``.
+
+    Raises:
+        ValueError: a tensor is not floating point, not finite, or of another shape than the expected one.
+    """
+    weights = {}
+    for name, tensor in load_file(file).items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: floating point")
+        if name in expected and tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}; allowed: {list(expected[name].shape)}")
+        weights[name] = tensor.to(torch.float32, copy=True)
+        if not weights[name].isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
+    return weights
 
 
 def _check_rows(shape: ModelShape, embed: Embed, device: torch.device) -> torch.Tensor:
@@ -174,9 +197,8 @@ def resolve_folder(path: str) -> Path:
     Raises:
         ValueError: neither a directory nor something that the hub could give.
     """
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
+    if os.path.isdir(path):  # unlike Path.is_dir, also answers for a name that no file system could hold
+        return Path(path)
     from huggingface_hub import snapshot_download
 
     try:
@@ -206,6 +228,7 @@ def check_compressor(path: str, shape: ModelShape, folder: Path | None = None) -
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
         found_format, trained_for, sizes = config["format"], config["model"], config["sizes"]
+        trained_name = shown(trained_for["name"])
         expected = dict(hidden_size=shape.hidden_size, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads)
         wrong = {
             field: (trained_for[field], value)
@@ -213,16 +236,25 @@ def check_compressor(path: str, shape: ModelShape, folder: Path | None = None) -
             if field != "name" and trained_for[field] != value
         }
         wrong |= {field: (sizes[field], value) for field, value in expected.items() if sizes[field] != value}
-        checked_sizes = {name: int(value) for name, value in sizes.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_sizes(sizes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"metasoft path: {path!r}: {CONFIG_NAME} is no compressor configuration: {error!r}") from None
     if found_format != FORMAT:
-        raise ValueError(f"metasoft path: {path!r} has format {found_format!r}; allowed: {FORMAT!r}")
+        raise ValueError(f"metasoft path: {path!r} has format {shown(found_format)}; allowed: {FORMAT!r}")
     if wrong:
-        details = ", ".join(f"{field} {a} there, {b} here" for field, (a, b) in wrong.items())
+        details = ", ".join(f"{field} {shown(a)} there, {b} here" for field, (a, b) in wrong.items())
         raise ValueError(
-            f"metasoft path: {path!r} was trained for {trained_for['name']!r} and does not fit the served model "
+            f"metasoft path: {path!r} was trained for {trained_name} and does not fit the served model "
             f"{shape.name!r}: {details}"
         )
-    config["sizes"] = checked_sizes
     return config
+
+
+def _check_sizes(sizes: dict) -> None:
+    """Raise ValueError unless ``sizes`` has what :class:`SoftTokens` takes, and sound values."""
+    names = list(inspect.signature(SoftTokens).parameters)
+    if sorted(sizes) != sorted(names):
+        raise ValueError(f"sizes has the keys {shown(sorted(sizes))}; allowed: {names}")
+    for name, value in sizes.items():
+        if type(value) is not int or not 1 <= value <= MAX_SIZE:
+            raise ValueError(f"sizes has {name}={shown(value)}; allowed: an integer from 1 to {MAX_SIZE}")

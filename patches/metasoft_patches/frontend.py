@@ -9,7 +9,15 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 from metasoft_patches.install import register_hooks, verify_hooks
 from sglang_metasoft import compat
-from sglang_metasoft.config import MetaSoftConfig, RequestOptions, check_setting, read_config_json, settings_of
+from sglang_metasoft.config import (
+    MetaSoftConfig,
+    RequestOptions,
+    check_config,
+    check_setting,
+    read_config_json,
+    settings_of,
+    shown,
+)
 from sglang_metasoft.radix import BACKEND_NAME, make_factory
 from sglang_metasoft.soft_tokens import check_compressor
 
@@ -112,9 +120,10 @@ def extend_engine() -> None:
 
     def make_server_args(**kwargs):
         enabled = kwargs.pop("enable_metasoft", False)
-        from_json = kwargs.pop("metasoft_config", None) or {}
-        if isinstance(from_json, str):
-            from_json = read_config_json(from_json)
+        if not isinstance(enabled, bool):
+            raise ValueError(f"enable_metasoft: {shown(enabled)} is not allowed; allowed: True or False")
+        given = kwargs.pop("metasoft_config", None)
+        from_json = read_config_json(given) if isinstance(given, str) else check_config({} if given is None else given)
         names = [key for key in kwargs if key.startswith(PREFIX)]
         unknown = [key for key in names if key.removeprefix(PREFIX) not in settings_of()]
         if unknown:

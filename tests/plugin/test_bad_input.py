@@ -1,0 +1,527 @@
+"""Bad input, found by hypothesis: whatever a client, a command line or a compressor's folder holds, it is either
+taken as it is meant or refused with a ValueError that names the culprit and what is allowed.
+
+``VALID`` says anew, apart from the product's own table, which values a setting may have.
+"""
+
+import contextlib
+import io
+import json
+import math
+import operator
+import tempfile
+from pathlib import Path
+
+import pytest
+import sglang.srt.plugins as plugins
+import torch
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from sglang_metasoft.config import RequestOptions, read_config_json
+from sglang_metasoft.soft_tokens import SoftTokens, check_compressor
+from sglang_metasoft.types import ModelShape
+
+plugins.load_plugins()
+
+from sglang.srt.entrypoints.engine import Engine  # noqa: E402
+from sglang.srt.server_args import prepare_server_args  # noqa: E402
+
+REFUSED, TAKEN = 100, 10  # different inputs of either kind that each search must have seen
+PHASES = (Phase.generate, Phase.shrink)
+SEARCH = settings(derandomize=True, deadline=None, database=None, phases=PHASES)
+
+
+def is_int(value, low, high=math.inf):
+    return type(value) is int and low <= value <= high
+
+
+def is_name(value):
+    return type(value) is str and value != ""
+
+
+VALID = {
+    "ratio": lambda value: type(value) in (int, float) and 1 <= value < 2**63,
+    "budget": lambda value: value is None or is_int(value, 1, 2**63 - 1),
+    "min_tokens": lambda value: is_int(value, 1),
+    "window": lambda value: is_int(value, 1),
+    "sink": lambda value: is_int(value, 0),
+    "method": lambda value: value in ("metasoft", "snapkv"),
+    "path": lambda value: value is None or is_name(value),
+    "keep_raw": lambda value: type(value) is bool,
+    "during_prefill": lambda value: type(value) is bool,
+    "consolidation": lambda value: value in (None, "none", "attention_flow"),
+    "soft_tokens": lambda value: is_int(value, 1, 1024),
+    "route_targets": lambda value: is_int(value, 1, 64),
+    "pool_kernel": lambda value: is_int(value, 1, 63) and value % 2 == 1,
+    "index_tokens": lambda value: is_int(value, 1),
+    "trace_dir": lambda value: value is None or is_name(value),
+}
+
+SOUND = {
+    "ratio": 2.5, "budget": 300, "min_tokens": 1, "window": 8, "sink": 0, "method": "snapkv", "path": "somewhere",
+    "keep_raw": False, "during_prefill": True, "consolidation": "none", "soft_tokens": 1024, "route_targets": 64,
+    "pool_kernel": 63, "index_tokens": 2**70, "trace_dir": "/tmp",
+}  # fmt: skip
+
+# -- what to try -----------------------------------------------------------------------------------------------------
+
+NO_NUMBERS = [None, True, False, math.nan, math.inf, -math.inf, [], [1], {}, {"a": 1}]
+EDGES = [0, 1, -1, 1.0, 0.999, 4, 63, 64, 65, 1024, 1025, 2**63 - 1, 2**63, 2**64, 10**400, -(10**400), 1e300]
+WORDS = ["", "4", "nan", "true", "null", "metasoft", "snapkv", "SnapKV", "none", "attention_flow"]
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(EDGES), st.sampled_from(WORDS),
+    st.text(max_size=20),
+)  # fmt: skip
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+edges = st.sampled_from(NO_NUMBERS) | st.sampled_from(EDGES) | st.sampled_from(WORDS)
+names = st.sampled_from(sorted(VALID))
+wrong_names = st.sampled_from(["ration", "Ratio", "secret", "config", " ratio", "", "enable"]) | st.text(max_size=10)
+sound_objects = st.sets(names, max_size=4).map(lambda some: {name: SOUND[name] for name in some})
+bad_objects = st.dictionaries(names | wrong_names, values, max_size=3) | st.dictionaries(names, edges, max_size=2)
+objects = st.one_of(sound_objects, bad_objects, st.builds(operator.or_, sound_objects, bad_objects))
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+UNPRINTABLE = [pytest.param(10**5000, id="digits"), pytest.param(nested(100_000), id="nesting")]
+
+
+def search(inputs, attempt, examples=800):
+    """Call ``attempt``, which returns the words of a refusal or None, with many of the inputs."""
+    refused, taken = set(), set()
+
+    @settings(SEARCH, max_examples=examples)
+    @given(inputs)
+    def run(value):
+        words = attempt(value)
+        (taken if words is None else refused).add(repr(value))
+        assert words is None or ("\n" not in words and len(words) < 2000)
+
+    run()
+    counts = len(refused), len(taken)
+    assert counts[0] >= REFUSED and counts[1] >= TAKEN
+
+
+def head_of(words):
+    """What is wrong, without the list of what is allowed."""
+    head, divider, allowed = words.partition("; allowed: ")
+    assert divider and allowed
+    return head
+
+
+# -- per-request fields ----------------------------------------------------------------------------------------------
+
+fields = st.sampled_from(["metasoft_ratio", "metasoft_budget"])
+near_values = st.one_of(edges, values, st.integers(-1, 2**64), st.floats(0.5, 1e19))
+request_keys = st.one_of(
+    fields,
+    st.one_of(names, wrong_names).map("metasoft_{}".format),
+    st.sampled_from(["METASOFT_RATIO", "ratio", "thinking_budget"]) | st.integers() | st.none() | st.floats(),
+)
+custom_params = st.one_of(
+    values,
+    st.dictionaries(request_keys, values, max_size=4),
+    st.dictionaries(fields, near_values, min_size=1, max_size=1),
+    st.dictionaries(fields, near_values, min_size=1),
+)
+
+
+def test_request_fields_are_taken_or_refused():
+    search(custom_params, check_request_fields)
+
+
+def check_request_fields(params):
+    ours = {}
+    if isinstance(params, dict):
+        ours = {key: value for key, value in params.items() if isinstance(key, str) and key.startswith("metasoft_")}
+    try:
+        options = RequestOptions.parse(params)
+    except ValueError as error:
+        head = head_of(str(error))
+        assert head.startswith("custom_params: ")
+        if isinstance(params, dict):
+            assert any(repr(key)[1:-1] in head for key in ours)
+            assert not (len(ours) == 1 and is_request_field(*ours.popitem()))
+        else:
+            assert params is not None and repr(params)[:100] in head
+        return str(error)
+    assert params is None or isinstance(params, dict)
+    assert len(ours) <= 1 and options == {key.removeprefix("metasoft_"): value for key, value in ours.items()}
+    assert all(is_request_field(key, value) for key, value in ours.items())
+
+
+def is_request_field(key, value):
+    return key in ("metasoft_ratio", "metasoft_budget") and value is not None and VALID[key[9:]](value)
+
+
+@pytest.mark.parametrize("value", UNPRINTABLE)
+@pytest.mark.parametrize("field", ["metasoft_ratio", "metasoft_budget"])
+def test_a_request_field_that_cannot_be_printed_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"custom_params: {field}=<(int|list)> is not allowed; allowed: "):
+        RequestOptions.parse({field: value})
+
+
+# -- --metasoft-config -----------------------------------------------------------------------------------------------
+
+config_texts = st.one_of(
+    objects.map(json.dumps),
+    values.map(json.dumps),
+    st.text(max_size=30),
+    st.builds(lambda value, end: json.dumps(value)[:end], objects, st.integers(0, 30)),
+    st.builds("{}{}".format, objects.map(json.dumps), st.sampled_from(["}", ",", " 1", "\n{}"])),
+)
+
+
+def test_a_json_configuration_is_taken_or_refused():
+    search(config_texts, check_config_text)
+
+
+def check_config_text(text):
+    try:
+        config = read_config_json(text)
+    except ValueError as error:
+        head = head_of(str(error))
+        try:
+            given = json.loads(text)
+        except ValueError:
+            assert head.startswith(f"--metasoft-config: {repr(text)[:100]}") and "is not JSON (" in head
+        else:
+            assert not is_config(given)
+            if isinstance(given, dict):
+                assert any(repr(key) in head or f"metasoft {key}: " in head for key in given)
+            else:
+                assert head == f"--metasoft-config must be a JSON object, got {given!r}" or len(repr(given)) > 200
+        return str(error)
+    assert config == json.loads(text) and is_config(config)
+
+
+def is_config(config):
+    return isinstance(config, dict) and all(key in VALID and VALID[key](value) for key, value in config.items())
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"ratio": ' * 100_000, '{"budget": ' + "9" * 5000 + "}"], ids=["[", "{", "digits"]
+)
+def test_json_that_python_cannot_hold_is_refused(text):
+    with pytest.raises(ValueError, match=r"--metasoft-config: .* is not JSON .*; allowed: ") as error:
+        read_config_json(text)
+    assert len(str(error.value)) < 2000
+
+
+# -- command line ----------------------------------------------------------------------------------------------------
+
+VALUE_FLAGS = ("ratio", "budget", "min_tokens", "window", "sink", "method", "path")
+SWITCHES = ("--metasoft-keep-raw", "--no-metasoft-keep-raw", "--metasoft-during-prefill")
+
+
+def flag_of(name):
+    return f"--metasoft-{name.replace('_', '-')}"
+
+
+def flag_value(name, text):
+    return {"ratio": float, "method": str, "path": str}.get(name, int)(text)
+
+
+flag_texts = st.one_of(
+    st.sampled_from([str(value) for value in EDGES if abs(value) < 10**20] + WORDS),
+    st.sampled_from(["1_0", " 8 ", "inf", "0x10", "1e3", "4.0", "9" * 5000, "metasoft ", "\n", "\0"]),
+    st.sampled_from([str(value) for value in SOUND.values()]), st.floats().map(str), st.integers().map(str),
+    st.text(max_size=20),
+)  # fmt: skip
+pieces = st.one_of(
+    st.tuples(st.sampled_from(VALUE_FLAGS), flag_texts),
+    st.tuples(st.just("config"), config_texts),
+    st.tuples(st.sampled_from(SWITCHES), st.none() | st.sampled_from(["", "true", "0", "maybe"])),
+    st.tuples(st.sampled_from([flag_of(name) for name in VALUE_FLAGS]), st.none()),
+    st.tuples(st.sampled_from(["--metasoft", "--metasoft-ration", "--metasoft-m", "--enable-metasof"]), st.just("4")),
+)
+repeats = st.sampled_from(VALUE_FLAGS).map(lambda name: [(name, str(SOUND[name])), ("config", json.dumps(SOUND))])
+lines = st.tuples(st.booleans() | st.just(True), st.lists(pieces, min_size=1, max_size=3) | repeats)
+
+
+def arguments_of(line):
+    enabled, parts = line
+    arguments = ["--enable-metasoft"] if enabled else []
+    for name, text in parts:
+        flag = name if name.startswith("--") else flag_of(name)
+        arguments.append(flag if text is None else f"{flag}={text}")
+    return arguments
+
+
+def is_piece(name, text):
+    try:
+        if name == "config":
+            return is_config(json.loads(text))
+        return name in SWITCHES and text is None or name in VALUE_FLAGS and VALID[name](flag_value(name, text))
+    except ValueError:
+        return False
+
+
+def test_a_command_line_is_taken_or_refused():
+    search(lines, check_command_line, examples=400)
+
+
+def check_command_line(line):
+    enabled, parts = line
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            record = prepare_server_args(["--model-path", "no-model", *arguments_of(line)])
+    except SystemExit as stop:
+        assert stop.code == 2
+        return check_usage_error(parts, printed.getvalue())
+    except ValueError as error:
+        words = str(error)
+        assert words.endswith("in --metasoft-config" if enabled else "given without --enable-metasoft")
+        assert all(is_piece(*part) for part in parts) and not fits_together(enabled, dict(parts))
+        return words
+    assert all(is_piece(*part) for part in parts) and fits_together(enabled, dict(parts))
+    check_configuration(record._metasoft)
+    for name, text in dict(parts).items():
+        if name in VALUE_FLAGS:
+            assert getattr(record._metasoft, name) == flag_value(name, text)
+
+
+def fits_together(enabled, parts):
+    """Whether no setting is given twice, or without the switch that turns MetaSoft on."""
+    config = json.loads(parts.pop("config", "{}"))
+    flags = {name.removeprefix("--no-").removeprefix("--") for name in parts}
+    flags = {name.removeprefix("metasoft-").replace("-", "_") for name in flags}
+    return not flags & set(config) if enabled else not flags | set(config)
+
+
+def check_usage_error(parts, printed):
+    """argparse prints the usage, then one line that names a bad argument."""
+    words = printed[printed.rindex("sglang serve: error: ") :].removesuffix("\n")
+    assert any(is_named(words, *part) for part in parts if not is_piece(*part))
+    return words
+
+
+def is_named(words, name, text):
+    if name.startswith("--"):  # argparse's own words
+        return name in words
+    heads = ["--metasoft-config", "metasoft "]
+    if name != "config":
+        heads = [f"metasoft {name}: {repr(text)[:100]}"]
+        with contextlib.suppress(ValueError):
+            heads.append(f"metasoft {name}: {flag_value(name, text)!r} ")
+    starts = tuple(f"sglang serve: error: argument {flag_of(name)}: {head}" for head in heads)
+    return words.startswith(starts) and "; allowed: " in words
+
+
+def check_configuration(config):
+    assert config is None or all(is_valid(getattr(config, name)) for name, is_valid in VALID.items())
+
+
+# -- keywords of sgl.Engine ------------------------------------------------------------------------------------------
+
+switches = st.fixed_dictionaries(
+    {"enable_metasoft": st.just(True) | st.booleans() | scalars},
+    optional={"metasoft_config": st.one_of(st.none(), objects, config_texts, values)},
+)
+keywords = st.builds(
+    lambda switches, others: switches | {f"metasoft_{name}": value for name, value in others.items()},
+    switches, objects,
+)  # fmt: skip
+
+
+def test_engine_keywords_are_taken_or_refused():
+    search(keywords, check_keywords)
+
+
+def check_keywords(keywords):
+    given = {key.removeprefix("metasoft_"): value for key, value in keywords.items()}
+    enabled, config = given.pop("enable_metasoft"), given.pop("config", None)
+    if isinstance(config, str):
+        is_sound = is_piece("config", config)
+    else:
+        is_sound = config is None or is_config(config)
+    is_sound = is_sound and type(enabled) is bool and is_config(given)
+    try:
+        record = Engine.server_args_class(model_path="no-model", **keywords)
+    except ValueError as error:
+        words = str(error)
+        if not words.endswith(("given without --enable-metasoft", "given both as a flag and in --metasoft-config")):
+            assert not is_sound and "metasoft" in head_of(words)
+        return words
+    assert is_sound
+    check_configuration(record._metasoft)
+    assert all(getattr(record._metasoft, name) == value for name, value in given.items())
+
+
+# -- a compressor's folder -------------------------------------------------------------------------------------------
+
+SHAPE = ModelShape("tiny", vocab_size=64, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4)
+CPU = torch.device("cpu")
+TABLE = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
+FILES = ("config.json", "model.safetensors")
+SIZES = ("hidden_size", "rows", "count", "num_layers", "num_kv_heads", "trunk", "query", "top")
+DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool, torch.complex64)
+
+
+def embed(ids):
+    return TABLE[ids]
+
+
+def saved_files():
+    with tempfile.TemporaryDirectory() as folder:
+        SoftTokens.untrained(SHAPE, 2, embed, CPU).save(Path(folder), SHAPE)
+        return {name: (Path(folder) / name).read_bytes() for name in FILES}
+
+
+SAVED = saved_files()
+CONFIG = json.loads(SAVED["config.json"])
+WEIGHTS = load(SAVED["model.safetensors"])
+SHAPES = {name: tensor.shape for name, tensor in WEIGHTS.items()}
+HEADER_END = 8 + int.from_bytes(SAVED["model.safetensors"][:8], "little")
+
+
+def with_config(change):
+    return {"config.json": json.dumps(change).encode()}
+
+
+def with_entry(path, value):
+    """The configuration with one entry replaced; ``KeyError``: removed."""
+    config = json.loads(SAVED["config.json"])
+    entry = config
+    for key in path[:-1]:
+        entry = entry[key]
+    if value is KeyError:
+        entry.pop(path[-1], None)
+    else:
+        entry[path[-1]] = value
+    return with_config(config)
+
+
+def with_flipped(position, bits):
+    data = bytearray(SAVED["model.safetensors"])
+    data[position] ^= bits
+    return {"model.safetensors": bytes(data)}
+
+
+def with_header(name, field, value):
+    """One field of one tensor's header entry replaced, the data left alone."""
+    data = SAVED["model.safetensors"]
+    header = json.loads(data[8:HEADER_END])
+    header[name][field] = value
+    text = json.dumps(header).encode()
+    return {"model.safetensors": len(text).to_bytes(8, "little") + text + data[HEADER_END:]}
+
+
+def with_tensor(name, tensor):
+    weights = {key: value for key, value in WEIGHTS.items() if key != name or tensor is not None}
+    return {"model.safetensors": save(weights if tensor is None else weights | {name: tensor})}
+
+
+def with_value(name, index, value):
+    tensor = WEIGHTS[name].clone()
+    tensor.view(-1)[index % tensor.numel()] = value
+    return with_tensor(name, tensor)
+
+
+tensors = st.sampled_from(sorted(WEIGHTS))
+sizes = st.sampled_from([0, 1, 2, 3, 8, 9, 65536, 65537, 2**31, 2**63, 10**30, -1, True, 2.0, 2.5, "2", None])
+size_entries = st.tuples(st.just("sizes"), st.sampled_from(SIZES))
+entries = st.one_of(
+    size_entries,
+    st.tuples(st.just("sizes") | st.just("model"), st.text(max_size=5)),
+    st.tuples(st.just("model"), st.sampled_from(SHAPE._fields)),
+    st.tuples(st.sampled_from(["format", "model", "sizes", "more"])),
+)
+file_kinds = st.sampled_from([None, "folder"]) | st.binary(max_size=40)
+
+
+def cuts_of(name):
+    return st.integers(0, len(SAVED[name]) - 1).map(lambda end: {name: SAVED[name][:end]})
+
+
+config_damages = st.one_of(
+    st.builds(with_entry, size_entries, sizes),
+    st.builds(with_entry, entries, sizes | edges | st.just(KeyError)),
+    st.builds(with_entry, entries, values),
+    st.builds(with_config, values),
+    cuts_of("config.json"),
+    file_kinds.map(lambda kind: {"config.json": kind}),
+)
+weights_damages = st.one_of(
+    cuts_of("model.safetensors"),
+    file_kinds.map(lambda kind: {"model.safetensors": kind}),
+    st.builds(with_flipped, st.integers(0, HEADER_END - 1), st.integers(1, 255)),
+    st.builds(
+        with_header, tensors, st.sampled_from(["dtype", "shape", "data_offsets", "more"]),
+        st.sampled_from(["I32", "U32", "F8_E8M0", "C64", "F4"]) | values | st.lists(sizes, max_size=3),
+    ),
+    st.builds(with_tensor, tensors, st.none()),
+    st.builds(with_tensor, st.text(st.characters(exclude_categories=["Cs"]), max_size=5), st.just(torch.ones(2))),
+    st.builds(with_tensor, tensors, st.lists(st.integers(0, 9), max_size=3).map(torch.ones)),
+    st.builds(with_tensor, st.just("norm"), st.integers(0, 3).map(torch.ones)),
+    st.builds(lambda name, dtype: with_tensor(name, WEIGHTS[name].to(dtype)), tensors, st.sampled_from(DTYPES)),
+    st.builds(with_value, tensors, st.integers(0, 999), st.sampled_from([math.nan, math.inf, -math.inf])),
+)  # fmt: skip
+
+
+def write_folder(folder, files):
+    for name, content in files.items():
+        if content == "folder":
+            (folder / name).mkdir()
+        elif content is not None:
+            (folder / name).write_bytes(content)
+
+
+def test_a_damaged_configuration_is_refused_or_still_works():
+    search(config_damages, check_damage)
+
+
+def test_damaged_weights_are_refused_or_still_work():
+    search(weights_damages, check_damage)
+
+
+def check_damage(damage):
+    assume(damage.items() - SAVED.items())
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), SAVED | damage)
+        refusal = None
+        try:
+            check_compressor(folder, SHAPE)
+        except ValueError as error:
+            refusal = str(error)
+        try:
+            soft = SoftTokens.load(folder, SHAPE, embed, CPU)
+        except ValueError as error:
+            words = str(error)
+            assert words.startswith(f"metasoft path: {folder!r}") and refusal in (None, words)
+            return " ".join(words.split())
+        config = json.loads((Path(folder) / "config.json").read_text())
+        tensors = load((Path(folder) / "model.safetensors").read_bytes())
+    assert refusal is None and config["format"] == CONFIG["format"]
+    assert config["model"] | {"name": "tiny"} == config["model"] | CONFIG["model"]
+    assert config["sizes"] == soft.sizes == CONFIG["sizes"] | {"top": soft.sizes["top"]}
+    assert all(type(size) is int and size > 0 for size in config["sizes"].values())
+    assert all(tensor.is_floating_point() for tensor in tensors.values())
+    assert {name: tensor.shape for name, tensor in tensors.items()} == SHAPES
+    assert all(tensor.equal(tensors[name].float()) for name, tensor in soft.state_dict().items())
+    ids = torch.arange(20)
+    assert soft(embed, ids, ids[:4]).isfinite().all()
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "/tmp/" + "x" * 5000, "a\0b", __file__, "https://a/b", "a/b/c", "..."])
+def test_a_path_that_cannot_be_a_compressor_is_refused(path):
+    with pytest.raises(ValueError, match="metasoft path: .* is no directory and could not be downloaded"):
+        check_compressor(path, SHAPE)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"format": ' + "9" * 5000 + "}"], ids=["nesting", "digits"])
+def test_a_configuration_that_python_cannot_hold_is_refused(tmp_path, text):
+    write_folder(tmp_path, SAVED | {"config.json": text.encode()})
+    with pytest.raises(ValueError, match="config.json is no compressor configuration"):
+        check_compressor(str(tmp_path), SHAPE)

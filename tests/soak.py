@@ -62,6 +62,7 @@ class Summary:
     reused: int = 0
     retractions: int = 0
     aborted: int = 0
+    refused: int = 0
     prompt_tokens: int = 0
     kinds: Counter = dataclasses.field(default_factory=Counter)
     bypasses: Counter = dataclasses.field(default_factory=Counter)
@@ -72,6 +73,13 @@ class Summary:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         lines = [f"{name}: {dict(value) if isinstance(value, Counter) else value}" for name, value in values.items()]
         return "\n".join(lines[:-1] + [f"failures: {len(self.failures)}", *self.failures[:20]])
+
+
+class Refused(Exception):
+    """The server says that a prompt could neither be compressed nor stay raw."""
+
+
+REFUSAL = "could not be compressed"
 
 
 class Soak:
@@ -102,6 +110,9 @@ class Soak:
         (kind,) = source.choices(list(KINDS), list(KINDS.values()))
         try:
             getattr(self, f"do_{kind}")(source)
+        except Refused:
+            with self.lock:
+                self.summary.refused += 1
         except Exception as error:
             self.fail(f"{kind}: {type(error).__name__}: {error}")
         with self.lock:
@@ -126,7 +137,10 @@ class Soak:
     def post(self, body: dict, **kwargs) -> requests.Response:
         with self.lock:
             self.summary.requests += 1
-        return requests.post(f"{self.server.url}/generate", json=body, timeout=kwargs.pop("timeout", 180), **kwargs)
+        response = requests.post(f"{self.server.url}/generate", json=body, timeout=kwargs.pop("timeout", 180), **kwargs)
+        if response.status_code == 503 and REFUSAL in response.text:
+            raise Refused
+        return response
 
     def body(self, ids, new_tokens: int, options: dict | None = None, **fields) -> dict:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
@@ -143,6 +157,8 @@ class Soak:
     def check_response(self, response: dict, ids: list[int], new_tokens: int, options: dict | None = None) -> None:
         """Answered whole, counted in logical tokens, and either compressed or with a reason why not."""
         meta = response["meta_info"]
+        if REFUSAL in meta["finish_reason"].get("message", ""):
+            raise Refused
         assert meta["finish_reason"]["type"] == "length", meta
         assert (meta["prompt_tokens"], meta["completion_tokens"]) == (len(ids), new_tokens), meta
         assert 0 <= meta["cached_tokens"] < len(ids), meta
@@ -238,7 +254,8 @@ class Soak:
         assert response.status_code == 400 and "metasoft" in response.text, f"{response.status_code} {response.text}"
 
     def do_too_long(self, source) -> None:
-        response = self.post(self.body(self.ids[: POOL_TOKENS + source.randint(1, 500)], 4))
+        ids = self.ids[: POOL_TOKENS + source.randint(1, 500)]
+        response = self.post(self.body(ids, 4, {"metasoft_ratio": 1}))
         assert response.status_code == 400, f"{response.status_code} {response.text}"
 
     def do_abort(self, source) -> None:

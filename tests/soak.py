@@ -31,7 +31,7 @@ from tests.server.checks import assert_pool_is_whole, assert_sound_inside, insid
 
 POOL_TOKENS = 4096
 MAX_PROMPT = 1500
-THREADS = 8
+THREADS = 10
 ROUND_TASKS = 50
 ROUNDS_PER_POOL_CHECK = 15
 FLAGS = "--page-size 16 --chunked-prefill-size 512 --enable-mixed-chunk"
@@ -46,7 +46,7 @@ BAD_OPTIONS = [
     {"metasoft_colour": 1}, {"metasoft_ratio": 2, "metasoft_budget": 100},
 ]  # fmt: skip
 KINDS = dict(
-    chat=17, document=20, repeat=10, short=18, stream=8, tenant=8, abort=8, hang_up=4, invalid=4, logprobs=4,
+    chat=16, document=18, repeat=12, short=24, stream=8, tenant=8, abort=8, hang_up=4, invalid=4, logprobs=4,
     parallel=3, batch=3, sampled=3, too_long=1,
 )  # fmt: skip
 
@@ -131,7 +131,7 @@ class Soak:
     def document_prompt(self, source: random.Random) -> list[int]:
         """One of a few documents and a question about it."""
         number = source.randrange(5)
-        document = self.ids[number * 700 : number * 700 + (200, 550, 650, 850, 1200)[number]]
+        document = self.ids[number * 700 : number * 700 + (200, 520, 600, 750, 1200)[number]]
         return document + self.text(source, 10, 150)
 
     def post(self, body: dict, **kwargs) -> requests.Response:
@@ -304,7 +304,7 @@ class Soak:
         if self.server.process.poll() is None:
             self.check_pool()
         else:
-            self.fail(f"the server died:\n{self.server.log_tail(60)}")
+            self.summary.failures.insert(0, f"the server died:\n{self.server.log_tail(80)}")
         text = self.server.log.read_text(errors="replace")
         self.summary.faults = Counter(re.findall(r"metasoft inside: fault (\w+)", text))
         tracebacks, injected = text.count("Traceback (most"), text.count("InjectedFault: ")

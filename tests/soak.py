@@ -31,7 +31,7 @@ from tests.server.checks import assert_pool_is_whole, assert_sound_inside, insid
 
 POOL_TOKENS = 4096
 MAX_PROMPT = 1500
-THREADS = 8
+THREADS = 10
 ROUND_TASKS = 50
 ROUNDS_PER_POOL_CHECK = 15
 FLAGS = "--page-size 16 --chunked-prefill-size 512 --enable-mixed-chunk"
@@ -46,7 +46,7 @@ BAD_OPTIONS = [
     {"metasoft_colour": 1}, {"metasoft_ratio": 2, "metasoft_budget": 100},
 ]  # fmt: skip
 KINDS = dict(
-    chat=17, document=20, repeat=10, short=18, stream=8, tenant=8, abort=8, hang_up=4, invalid=4, logprobs=4,
+    chat=16, document=18, repeat=12, short=24, stream=8, tenant=8, abort=8, hang_up=4, invalid=4, logprobs=4,
     parallel=3, batch=3, sampled=3, too_long=1,
 )  # fmt: skip
 
@@ -62,6 +62,7 @@ class Summary:
     reused: int = 0
     retractions: int = 0
     aborted: int = 0
+    refused: int = 0
     prompt_tokens: int = 0
     kinds: Counter = dataclasses.field(default_factory=Counter)
     bypasses: Counter = dataclasses.field(default_factory=Counter)
@@ -72,6 +73,13 @@ class Summary:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         lines = [f"{name}: {dict(value) if isinstance(value, Counter) else value}" for name, value in values.items()]
         return "\n".join(lines[:-1] + [f"failures: {len(self.failures)}", *self.failures[:20]])
+
+
+class Refused(Exception):
+    """The server says that a prompt could neither be compressed nor stay raw."""
+
+
+REFUSAL = "could not be compressed"
 
 
 class Soak:
@@ -102,6 +110,9 @@ class Soak:
         (kind,) = source.choices(list(KINDS), list(KINDS.values()))
         try:
             getattr(self, f"do_{kind}")(source)
+        except Refused:
+            with self.lock:
+                self.summary.refused += 1
         except Exception as error:
             self.fail(f"{kind}: {type(error).__name__}: {error}")
         with self.lock:
@@ -120,13 +131,16 @@ class Soak:
     def document_prompt(self, source: random.Random) -> list[int]:
         """One of a few documents and a question about it."""
         number = source.randrange(5)
-        document = self.ids[number * 700 : number * 700 + (200, 550, 650, 850, 1200)[number]]
+        document = self.ids[number * 700 : number * 700 + (200, 520, 600, 750, 1200)[number]]
         return document + self.text(source, 10, 150)
 
     def post(self, body: dict, **kwargs) -> requests.Response:
         with self.lock:
             self.summary.requests += 1
-        return requests.post(f"{self.server.url}/generate", json=body, timeout=kwargs.pop("timeout", 180), **kwargs)
+        response = requests.post(f"{self.server.url}/generate", json=body, timeout=kwargs.pop("timeout", 180), **kwargs)
+        if response.status_code == 503 and REFUSAL in response.text:
+            raise Refused
+        return response
 
     def body(self, ids, new_tokens: int, options: dict | None = None, **fields) -> dict:
         sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
@@ -143,6 +157,8 @@ class Soak:
     def check_response(self, response: dict, ids: list[int], new_tokens: int, options: dict | None = None) -> None:
         """Answered whole, counted in logical tokens, and either compressed or with a reason why not."""
         meta = response["meta_info"]
+        if REFUSAL in meta["finish_reason"].get("message", ""):
+            raise Refused
         assert meta["finish_reason"]["type"] == "length", meta
         assert (meta["prompt_tokens"], meta["completion_tokens"]) == (len(ids), new_tokens), meta
         assert 0 <= meta["cached_tokens"] < len(ids), meta
@@ -238,7 +254,8 @@ class Soak:
         assert response.status_code == 400 and "metasoft" in response.text, f"{response.status_code} {response.text}"
 
     def do_too_long(self, source) -> None:
-        response = self.post(self.body(self.ids[: POOL_TOKENS + source.randint(1, 500)], 4))
+        ids = self.ids[: POOL_TOKENS + source.randint(1, 500)]
+        response = self.post(self.body(ids, 4, {"metasoft_ratio": 1}))
         assert response.status_code == 400, f"{response.status_code} {response.text}"
 
     def do_abort(self, source) -> None:
@@ -287,7 +304,7 @@ class Soak:
         if self.server.process.poll() is None:
             self.check_pool()
         else:
-            self.fail(f"the server died:\n{self.server.log_tail(60)}")
+            self.summary.failures.insert(0, f"the server died:\n{self.server.log_tail(80)}")
         text = self.server.log.read_text(errors="replace")
         self.summary.faults = Counter(re.findall(r"metasoft inside: fault (\w+)", text))
         tracebacks, injected = text.count("Traceback (most"), text.count("InjectedFault: ")

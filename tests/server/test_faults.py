@@ -74,7 +74,6 @@ def test_numbers_that_are_not_finite_concern_one_request_of_a_batch(faulty_serve
 
 def test_the_check_inside_notices_a_spoilt_entry(faulty_server, document_ids):
     """Last, because it stays noticed."""
-    checks = len(inside_lines(faulty_server, "ok"))
     faulty_server.generate(document_ids[2000:2800], 4, rid="inside-corrupt")
     with pytest.raises(AssertionError, match="BROKEN .*the entries of a chain of .* slots have changed"):
-        assert_sound_inside(faulty_server, checks)
+        assert_sound_inside(faulty_server, checks_before=10**6)

@@ -101,7 +101,8 @@ class Faults:
         for stage in ("nan", "layer", "write"):
             job = self.random.randrange(jobs) if self.random.random() < self.rates[stage] else None
             for req in self._named(stage):
-                job = rows.tolist().index(req.kv.req_pool_idx)
+                if req.kv.req_pool_idx in rows.tolist():
+                    job = rows.tolist().index(req.kv.req_pool_idx)
             if job is not None:
                 self.aims[stage] = self.random.randrange(layers) * jobs + job
         if self._strikes("probe"):

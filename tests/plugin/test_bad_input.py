@@ -121,11 +121,16 @@ def head_of(words):
 
 # -- per-request fields ----------------------------------------------------------------------------------------------
 
-fields = st.sampled_from(["metasoft_ratio", "metasoft_budget"])
+FIELDS = {
+    "metasoft_ratio": VALID["ratio"],
+    "metasoft_budget": lambda value: is_int(value, 1, 2**63 - 1),
+    "metasoft_boundary": lambda value: is_int(value, 1, 2**63 - 1),
+}
+fields = st.sampled_from(sorted(FIELDS))
 near_values = st.one_of(edges, values, st.integers(-1, 2**64), st.floats(0.5, 1e19))
 request_keys = st.one_of(
     fields,
-    st.one_of(names, wrong_names).map("metasoft_{}".format),
+    st.one_of(names, wrong_names, st.just("boundaries")).map("metasoft_{}".format),
     st.sampled_from(["METASOFT_RATIO", "ratio", "thinking_budget"]) | st.integers() | st.none() | st.floats(),
 )
 custom_params = st.one_of(
@@ -150,22 +155,22 @@ def check_request_fields(params):
         head = head_of(str(error))
         assert head.startswith("custom_params: ")
         if isinstance(params, dict):
-            assert any(repr(key)[1:-1] in head for key in ours)
-            assert not (len(ours) == 1 and is_request_field(*ours.popitem()))
+            assert any(repr(key)[1:-1] in head for key in ours) and not are_fields(ours)
         else:
             assert params is not None and repr(params)[:100] in head
         return str(error)
-    assert params is None or isinstance(params, dict)
-    assert len(ours) <= 1 and options == {key.removeprefix("metasoft_"): value for key, value in ours.items()}
-    assert all(is_request_field(key, value) for key, value in ours.items())
+    assert (params is None or isinstance(params, dict)) and are_fields(ours)
+    assert options == {key.removeprefix("metasoft_"): value for key, value in ours.items()}
 
 
-def is_request_field(key, value):
-    return key in ("metasoft_ratio", "metasoft_budget") and value is not None and VALID[key[9:]](value)
+def are_fields(ours):
+    if {"metasoft_ratio", "metasoft_budget"} <= set(ours):
+        return False
+    return all(key in FIELDS and FIELDS[key](value) for key, value in ours.items())
 
 
 @pytest.mark.parametrize("value", UNPRINTABLE)
-@pytest.mark.parametrize("field", ["metasoft_ratio", "metasoft_budget"])
+@pytest.mark.parametrize("field", sorted(FIELDS))
 def test_a_request_field_that_cannot_be_printed_is_refused(field, value):
     with pytest.raises(ValueError, match=f"custom_params: {field}=<(int|list)> is not allowed; allowed: "):
         RequestOptions.parse({field: value})

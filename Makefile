@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := .demo/SmolLM2-135M-Instruct/ready
 
-.PHONY: demo serve test test-fast bench-memory soak lint clean
+.PHONY: demo serve test test-all test-fast bench-memory soak lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/sglang-metasoft demo
@@ -14,6 +14,10 @@ serve: $(MODEL)
 	$(BIN)/sglang-metasoft serve-demo
 
 test: $(MODEL)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(MODEL)
+	$(BIN)/python -m pip install --disable-pip-version-check -q sglang-router==0.3.2
 	$(BIN)/python -m pytest
 
 test-fast: $(INSTALLED)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 POOL_TOKENS, WINDOW = 8192, 64
 FLAGS = ["--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--dtype", "float32"]

@@ -11,7 +11,7 @@ import requests
 from sglang_metasoft.demo.server import Server, free_port
 from tests.server.checks import metasoft
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 WINDOW = 64
 

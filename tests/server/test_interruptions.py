@@ -52,7 +52,7 @@ def test_a_preempted_request_is_compressed_again_and_ends_well(server, document_
     done = []
 
     def send_urgent():
-        done.append(server.generate(urgent, 8, priority=10))
+        done.append(server.generate(urgent, 8, priority=100))
 
     responses = generate_meanwhile(server, low, send_urgent, new_tokens=600, priority=0)
     check(low, responses, 600)

@@ -58,13 +58,15 @@ def test_the_second_turn_of_a_chat_computes_only_new_tokens(server, document):
 
 
 def test_two_questions_share_the_raw_document(server, document_ids):
-    """Questions longer than the window: the second prompt starts with no compressed chain, but with raw entries."""
+    """Questions longer than the window: the second finds the raw document, and a segment ends where they part."""
     shared, questions = document_ids[1000:2400], (document_ids[2400:2500], document_ids[2600:2700])
     first = server.generate(shared + questions[0])
     second = server.generate(shared + questions[1])
     assert first["meta_info"]["cached_tokens"] < 100
     assert len(shared) - 1 <= second["meta_info"]["cached_tokens"] <= len(shared) + 5
-    assert metasoft(second)["reused_tokens"] == 0 and metasoft(second)["span_tokens"] == 1500 - WINDOW
+    assert metasoft(second)["reused_tokens"] == 0
+    assert metasoft(first)["span_tokens"] == 1500 - WINDOW
+    assert len(shared) <= metasoft(second)["span_tokens"] <= len(shared) + 5
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ POOL_TOKENS, WINDOW, NEW_TOKENS = 5120, 64, 80
 
 @pytest.fixture(scope="module")
 def server(start_server):
-    flags = ["--max-total-tokens", str(POOL_TOKENS), "--enable-priority-scheduling", "--dtype", "float32"]
+    # SGLang preempts for want of a place in the batch, not of memory.
+    flags = ["--max-total-tokens", str(POOL_TOKENS), "--enable-priority-scheduling", "--max-running-requests", "2"]
+    flags += ["--dtype", "float32"]
     return start_server("--enable-metasoft", "--enable-metrics", *flags, env=STRICT_CHECKS)
 
 
@@ -48,14 +50,14 @@ def check(prompts, responses, new_tokens=NEW_TOKENS) -> None:
 
 def test_a_preempted_request_is_compressed_again_and_ends_well(server, document_ids):
     low = [document_ids[n * 100 :][:1400] for n in range(2)]
-    urgent = document_ids[1000:4000]  # with its compressed entries it needs more than the others leave
+    urgent = document_ids[1000:2200]
     done = []
 
     def send_urgent():
         done.append(server.generate(urgent, 8, priority=100))
 
-    responses = generate_meanwhile(server, low, send_urgent, new_tokens=600, priority=0)
-    check(low, responses, 600)
+    responses = generate_meanwhile(server, low, send_urgent, new_tokens=200, priority=0)
+    check(low, responses, 200)
     assert sum(response["meta_info"]["num_retractions"] for response in responses) >= 1
     assert metasoft(done[0])["span_tokens"] == len(urgent) - WINDOW
     assert_pool_is_whole(server, POOL_TOKENS)

@@ -187,8 +187,9 @@ class SchedulerCompressor:
         """Probe, score, route, merge and write the new slots of all items; runs on the forward stream.
 
         Returns:
-            For each item whether its entries may be committed. Only a CPU says no: any other device would have to
-            be waited for, and there the stages themselves make harmless what is not finite.
+            For each item whether its entries may be committed. Only a lone CPU process says no: any other device would
+            have to be waited for, and of several ranks, each with heads of its own, all must do the same. There the
+            stages themselves make harmless what is not finite.
         """
         jobs = [self._make_job(req, plan, slots) for req, plan, slots in items]
         trace = [[] for _ in jobs] if self.config.trace_dir else None
@@ -210,7 +211,7 @@ class SchedulerCompressor:
         if trace is not None:
             for (req, plan, _), layers in zip(items, trace, strict=True):
                 self._write_trace(req, plan, layers)
-        if torch.device(self.runner.device).type != "cpu":
+        if torch.device(self.runner.device).type != "cpu" or get_parallel().attn_tp_size > 1:
             return [True] * len(jobs)
         return [all(flags) for flags in finite]
 

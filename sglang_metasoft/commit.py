@@ -32,10 +32,6 @@ class Committer:
         evict_from_tree_cache(self.tree_cache, num_slots)
         return self.allocator.alloc(num_slots)
 
-    def free_slots(self) -> int:
-        """Slots that are free, or would be after evicting all that is unlocked."""
-        return self.allocator.available_size() + self.tree_cache.evictable_size()
-
     def give_back(self, slots: torch.Tensor) -> None:
         """Free reserved slots that were not committed."""
         self.allocator.free_segment(slots, start_pos=0)

@@ -95,16 +95,18 @@ def chunked_footprint(
     chunk_tokens: int,
     chain_tokens: int = 0,
     chain_slots: int = 0,
+    raw_tokens: int = 0,
     **plan,
 ) -> Footprint:
     """What a prompt holds if it is prefilled in chunks and each chunk is compressed at once.
 
     Args:
         chunk_tokens: tokens of a prefill chunk.
+        raw_tokens: tokens after the chain whose raw entries exist already; the first chunk follows them.
         plan: further arguments of :func:`plan_span`.
     """
     peak = chain_slots
-    computed = chain_tokens
+    computed = chain_tokens + raw_tokens
     while computed < prompt_tokens:
         computed = min(computed + chunk_tokens, prompt_tokens)
         raw = computed - chain_tokens

@@ -7,7 +7,7 @@ from sglang.srt.runtime_context import get_serving
 from metasoft_patches.request import RequestState
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.policy import Footprint, chunked_footprint
-from sglang_metasoft.types import Bypass, Plan
+from sglang_metasoft.types import Bypass
 
 
 class Admission:
@@ -39,27 +39,37 @@ class Admission:
         Args:
             is_admission: the request is asking to be admitted; else a chunk of it is being charged.
         """
-        plan: Plan = req.metasoft.plan
+        state: RequestState = req.metasoft
         raw_slots = len(req.full_untruncated_fill_ids) - req.prefix_len
-        if self.compresses_chunks and is_admission:
-            footprint = self._footprint(req)
+        new_tokens = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+        wanted = raw_slots + state.plan.kept_slots + new_tokens + 2 * self.page_size
+        fits_raw = req.prefix_len + wanted < self.scheduler.max_total_num_tokens
+        # Once it had to start again it asks for its raw size, if the pool has that.
+        if self.compresses_chunks and is_admission and not (fits_raw and state.restarts):
+            footprint = self._footprint(req, req.prefix_len)
             if self._fits(footprint):
-                new_tokens = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
                 new_tokens = min(new_tokens, CLIP_MAX_NEW_TOKENS)  # what SGLang adds to the result
                 held = max(footprint.peak_slots - new_tokens, footprint.final_slots + len(req.output_ids))
                 return held - req.prefix_len - raw_slots
-        wanted = raw_slots + plan.kept_slots + req.sampling_params.max_new_tokens + 2 * self.page_size
-        return plan.kept_slots if wanted < self.scheduler.max_total_num_tokens else 0
+        return state.plan.kept_slots if fits_raw else 0
 
-    def _footprint(self, req) -> Footprint:
+    def has_room_for_prefix(self, req) -> bool:
+        """Whether the pool can hold the raw prefix that was found in the tree and, beside it, its compression."""
+        if not self.compresses_chunks or req.metasoft.plan is None:
+            return True
+        return self._fits(self._footprint(req, req.prefix_len)) or not self._fits(self._footprint(req))
+
+    def _footprint(self, req, prefix_slots: int = 0) -> Footprint:
         state: RequestState = req.metasoft
+        chain_slots = state.chain.slots if state.chain else 0
         return chunked_footprint(
             self.config,
             prompt_tokens=len(state.raw_ids),
             chunk_tokens=self.scheduler.chunked_prefill_size,
             page_size=self.page_size,
             chain_tokens=state.chain.tokens if state.chain else 0,
-            chain_slots=state.chain.slots if state.chain else 0,
+            chain_slots=chain_slots,
+            raw_tokens=max(prefix_slots - chain_slots, 0),
             boundary_tokens=state.boundary_tokens,
             options=state.options,
         )

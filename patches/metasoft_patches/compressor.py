@@ -3,13 +3,10 @@
 import contextlib
 import logging
 import re
-from array import array
-from http import HTTPStatus
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_parallel
 
 from metasoft_patches.admission import bypass_reason
@@ -159,29 +156,14 @@ class SchedulerCompressor:
         return chosen
 
     def _skip(self, req, reason: Bypass, done: set[int]) -> None:
-        """Leave a request's span as it is."""
+        """Leave a request's span as it is; after a chunk that is not the last, the next one tries again."""
         done.add(id(req))
         state: RequestState = req.metasoft
-        raw_slots = len(req.full_untruncated_fill_ids) - req.extend_end
-        if raw_slots == 0:
+        if req.extend_end == len(req.full_untruncated_fill_ids):
             state.skip(reason)
-        elif raw_slots + self.page_size < self.committer.free_slots():
-            state.make_plan(self.config, self.page_size)  # the next chunk tries again
         else:
-            self._give_up(req, reason)
-
-    def _give_up(self, req, reason: Bypass) -> None:
-        """End a prompt that was admitted at its compressed size, cannot be compressed and does not fit raw.
-
-        SGLang ends a request after a prefill only, so one more token of it is prefilled.
-        """
-        logger.error("MetaSoft: request %s ends at token %d: %s", req.rid, req.extend_end, reason.value)
-        message = f"The prompt is longer than the free KV pool and could not be compressed ({reason.value}). Try again."
-        req.to_finish = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
-        req.metasoft.skip(reason)
-        req.origin_input_ids = req.origin_input_ids[: req.extend_end + 1]
-        req.full_untruncated_fill_ids = array("q")
-        req.refresh_fill_ids()
+            state.failure = reason
+            state.make_plan(self.config, self.page_size)
 
     def _run(self, items: list[tuple[object, Plan, torch.Tensor]]) -> list[bool]:
         """Probe, score, route, merge and write the new slots of all items; runs on the forward stream.
@@ -298,14 +280,16 @@ class SchedulerCompressor:
         """What separates chains: tenant, settings, and the weights that the KV was computed with."""
         return (self.settings_id, req.metasoft.generation, *self.tenant(req), req.metasoft.namespace_options)
 
-    def match_prefix(self, match, req, tree_cache, *args, **kwargs) -> None:
+    def match_prefix(self, match, req, tree_cache, *args, takes_raw_prefix: bool = True, **kwargs) -> None:
         """Match a waiting request against the tree in the form, raw or compact, that leaves the least to compute.
 
         Args:
             match: SGLang's ``Req.init_next_round_input``.
+            takes_raw_prefix: else nothing raw is taken from the tree.
         """
         state: RequestState = req.metasoft
         state.restart(req)
+        state.takes_raw_prefix = takes_raw_prefix
         state.adopt_prompt(req)
         state.generation = self.generation
         state.refusal = state.refusal or bypass_reason(req)

@@ -21,6 +21,9 @@ class RequestState:
         # A refusal holds for the request's life, a skip until it is scheduled anew.
         self.refusal: Bypass | None = Bypass.OPTED_OUT if NO_COMPRESSION in self.options.values() else None
         self.skipped: Bypass | None = None
+        self.failure: Bypass | None = None  # the last, of a chunk that was not the prompt's last
+        self.restarts = 0  # because its next chunk did not fit
+        self.takes_raw_prefix = True  # of the tree, after its chain
         self.raw_ids: array = req.origin_input_ids
         self.compact_ids: array | None = None
         self.chain: Chain | None = None
@@ -139,6 +142,8 @@ class RequestState:
         self.restore_raw(req)
         self.plan = None
         self.skipped = None
+        self.failure = None
+        self.takes_raw_prefix = True
         self.boundary_tokens = self.named_boundary
 
     def report(self) -> dict:

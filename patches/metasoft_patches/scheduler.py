@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from metasoft_patches.admission import Admission
+from metasoft_patches.chunks import ChunkGuard
 from metasoft_patches.compressor import SchedulerCompressor
 from metasoft_patches.request import RequestState
 from metasoft_patches.transfer import to_device
@@ -21,11 +22,13 @@ class SchedulerHooks:
         self.config = config
         self.compressor: SchedulerCompressor | None = None
         self.admission: Admission | None = None
+        self.chunk_guard: ChunkGuard | None = None
 
     def scheduler_made(self, result, scheduler, *args, **kwargs) -> None:
         """AFTER ``Scheduler.__init__``: model and pools exist."""
         self.compressor = SchedulerCompressor(scheduler, self.config)
         self.admission = Admission(scheduler, self.config)
+        self.chunk_guard = ChunkGuard(scheduler)
 
     def request_made(self, req, scheduler, recv_req, *args, **kwargs) -> None:
         """AFTER ``Scheduler._create_generation_req``."""
@@ -68,11 +71,15 @@ class SchedulerHooks:
         state = getattr(req, "metasoft", None)
         if state is None or tree_cache is None or req.kv.holds_kv:
             return original(req, tree_cache, *args, **kwargs)
-        return self.compressor.match_prefix(original, req, tree_cache, *args, **kwargs)
+        self.compressor.match_prefix(original, req, tree_cache, *args, **kwargs)
+        if not self.admission.has_room_for_prefix(req):
+            self.compressor.match_prefix(original, req, tree_cache, *args, takes_raw_prefix=False, **kwargs)
 
     def cap_prefix(self, max_prefix_len: int, req, input_len: int) -> int | None:
         """AFTER ``Req._compute_max_prefix_len``: the window stays the request's own until its span is compressed."""
         state = getattr(req, "metasoft", None)
+        if state is not None and not state.takes_raw_prefix:
+            return min(max_prefix_len, state.chain.slots if state.chain else 0)
         if state is None or state.plan is None:
             return None
         return min(max_prefix_len, state.plan.end_slots)
@@ -132,6 +139,12 @@ class SchedulerHooks:
         if state is None or state.plan is None or req.kv.holds_kv:
             return None
         return reserve + self.admission.reserve_slots(req, is_admission=extend_input_len is None)
+
+    def add_chunk(self, original, adder, req):
+        """AROUND ``PrefillAdder.add_chunked_req``: a chunk that does not fit must not end the process."""
+        if getattr(req, "metasoft", None) is None:
+            return original(adder, req)
+        return self.chunk_guard.add_chunk(original, adder, req)
 
 
 def make_reporting_streamer(streamer_class: type) -> type:

@@ -171,6 +171,14 @@ TARGETS = (
     ),
     Target(
         "scheduler",
+        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
+        "around",
+        "add_chunk",
+        ("self", "req"),
+        "sglang.srt.managers.scheduler:Scheduler._get_new_batch_prefill_raw",
+    ),
+    Target(
+        "scheduler",
         "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
         "around",
         "limit_length",

@@ -5,7 +5,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
+from tests.server.checks import (
+    STRICT_CHECKS,
+    assert_pool_is_whole,
+    assert_sound_inside,
+    inside_env,
+    inside_lines,
+    metasoft,
+    wait_until,
+)
 
 pytestmark = pytest.mark.server
 
@@ -47,6 +55,15 @@ def test_several_at_once_share_the_pool(server, long_ids):
     assert_pool_is_whole(server, POOL_TOKENS)
 
 
+def test_a_raw_prefix_that_nearly_fills_the_pool_is_no_hindrance(server, long_ids):
+    ids = long_ids[777:]
+    raw = server.generate(ids[: POOL_TOKENS - 200], 4, custom_params={"metasoft_ratio": 1})
+    assert metasoft(raw)["bypass"] == "opted_out"
+    response = server.generate(ids[:6000], 4)
+    assert metasoft(response)["kv_tokens"] < 6000 / RATIO + 64 + 128 + 16
+    assert_pool_is_whole(server, POOL_TOKENS)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -71,3 +88,38 @@ def test_the_output_is_held_to_what_the_compressed_prompt_leaves(server, long_id
     assert POOL_TOKENS * 0.8 < held <= POOL_TOKENS
     assert response["meta_info"]["finish_reason"]["type"] == "length"
     assert_pool_is_whole(server, POOL_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def faulty_server(start_server):
+    """A request named ``inside-probe...`` is never compressed, though it was let in at its compressed size."""
+    return start_server(*FLAGS, "--page-size", "16", env=inside_env())
+
+
+@pytest.mark.parametrize(("prompt_tokens", "is_served"), [(2200, True), (4000, False)], ids=["fits-raw", "too-long"])
+def test_a_prompt_that_stays_raw_halfway_waits_for_others(faulty_server, document_ids, prompt_tokens, is_served):
+    """Its chunks no longer fit beside what decodes; it costs neither the server nor any of those."""
+    before = len(inside_lines(faulty_server, "ok"))
+    with ThreadPoolExecutor(6) as pool:
+        others = [
+            pool.submit(
+                faulty_server.generate, document_ids[n * 70 : n * 70 + 60], 320, sampling_params={"ignore_eos": True}
+            )
+            for n in range(5)
+        ]
+        wait_until(faulty_server, lambda metrics: metrics["sglang:num_running_reqs"] == 5, "five requests decoding")
+        body = {
+            "input_ids": document_ids[:prompt_tokens],
+            "rid": f"inside-probe-{prompt_tokens}",
+            "sampling_params": {"max_new_tokens": 8, "ignore_eos": True},
+        }
+        response = requests.post(f"{faulty_server.url}/generate", json=body, timeout=300)
+        assert all(other.result()["meta_info"]["completion_tokens"] == 320 for other in others)
+    if is_served:
+        assert response.status_code == 200, response.text
+        assert metasoft(response.json())["bypass"] == "fault"
+        assert response.json()["meta_info"]["completion_tokens"] == 8
+    else:
+        assert response.status_code == 503 and "could not be compressed (fault)" in response.text, response.text
+    assert_sound_inside(faulty_server, before)
+    assert_pool_is_whole(faulty_server, POOL_TOKENS, expects_faults=True)

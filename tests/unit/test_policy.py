@@ -102,3 +102,10 @@ def test_the_footprint_of_a_prompt_that_is_compressed_chunk_by_chunk(tokens, pag
     assert result.final_slots <= result.peak_slots <= result.final_slots + 256 + 128 + 64
     raw = chunked_footprint(config, prompt_tokens=tokens, chunk_tokens=256, page_size=page, options={"ratio": 1})
     assert raw == (tokens, tokens)
+
+
+def test_a_raw_prefix_counts_until_it_is_compressed():
+    config = MetaSoftConfig(ratio=4, during_prefill=True, min_tokens=128)
+    result = chunked_footprint(config, prompt_tokens=4096, chunk_tokens=256, page_size=16, raw_tokens=2048)
+    assert 2304 * 1.2 < result.peak_slots <= 2304 * 1.25 + 16
+    assert result.final_slots <= 4096 / 4 + 64 + 128 + 48

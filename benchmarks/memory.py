@@ -4,6 +4,9 @@ The pool holds four raw prompts of 2,048 tokens plus their output. The same requ
 with ``--enable-metasoft``; the figure is the largest ``sglang:num_running_reqs`` that each server reports of itself.
 
     python benchmarks/memory.py [--requests 18] [--output memory.json] [--plot docs/memory.png]
+
+With ``--over-admit`` SGLang is not told that every output is of full length: it expects some to end early, lets more
+requests in than fit to their end, and retracts. That counts retractions with and without compression.
 """
 
 import argparse
@@ -42,10 +45,12 @@ class PeakWatcher(threading.Thread):
             self.series.append((round(time.monotonic() - begin, 1), running))
 
 
-def measure(model: Path, flags: list[str], prompts: list[list[int]], new_tokens: int) -> dict:
+def measure(model: Path, flags: list[str], prompts: list[list[int]], new_tokens: int, over_admit: bool) -> dict:
     """Send all prompts at once; returns the peak of running requests, seconds, retractions and bypass reasons."""
     # SGLang admits a request only if more than its tokens and a page are free: eight slots each let four in.
     pool_tokens = RAW_PROMPTS * (PROMPT_TOKENS + new_tokens + 8)
+    # Either way each output has new_tokens.
+    sampling = {"min_new_tokens": new_tokens} if over_admit else {"ignore_eos": True}
     with tempfile.TemporaryDirectory() as scratch:
         all_flags = [*COMMON, "--max-total-tokens", str(pool_tokens), *flags]
         with Server(model, all_flags, log=Path(scratch) / "server.log") as server:
@@ -54,9 +59,7 @@ def measure(model: Path, flags: list[str], prompts: list[list[int]], new_tokens:
             begin = time.monotonic()
             with ThreadPoolExecutor(len(prompts)) as pool:
                 responses = list(
-                    pool.map(
-                        lambda ids: server.generate(ids, new_tokens, sampling_params={"ignore_eos": True}), prompts
-                    )
+                    pool.map(lambda ids: server.generate(ids, new_tokens, sampling_params=sampling), prompts)
                 )
             seconds = time.monotonic() - begin
             watcher.is_over.set()
@@ -106,6 +109,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
     parser.add_argument("--requests", type=int, default=18, help="requests sent at once")
     parser.add_argument("--new-tokens", type=int, default=16, help="output tokens of each request")
+    parser.add_argument("--over-admit", action="store_true", help="let SGLang expect that outputs end early")
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     parser.add_argument("--plot", type=Path, help="also draw it as PNG (needs matplotlib)")
     args = parser.parse_args()
@@ -117,7 +121,7 @@ def main() -> None:
     prompts = [(ids[97 * n :] + ids)[:PROMPT_TOKENS] for n in range(args.requests)]
     result = {"date": date.today().isoformat(), "machine": f"{torch.get_num_threads()} cores, {platform.machine()}"}
     for name, flags in (("plain", []), ("metasoft", METASOFT)):
-        result[name] = measure(model, flags, prompts, args.new_tokens)
+        result[name] = measure(model, flags, prompts, args.new_tokens, args.over_admit)
         print(name, json.dumps({key: value for key, value in result[name].items() if key != "series"}), flush=True)
     result["ratio"] = result["metasoft"]["peak_running_requests"] / result["plain"]["peak_running_requests"]
     print(f"running requests: {result['ratio']:.2f}x")

@@ -46,7 +46,7 @@ BAD_OPTIONS = [
     {"metasoft_colour": 1}, {"metasoft_ratio": 2, "metasoft_budget": 100},
 ]  # fmt: skip
 KINDS = dict(
-    chat=16, document=18, repeat=12, short=24, stream=8, tenant=8, abort=8, hang_up=4, invalid=4, logprobs=4,
+    chat=16, document=18, repeat=12, short=48, stream=8, tenant=8, abort=8, hang_up=4, invalid=4, logprobs=4,
     parallel=3, batch=3, sampled=3, too_long=1,
 )  # fmt: skip
 

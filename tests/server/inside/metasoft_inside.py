@@ -154,11 +154,15 @@ class Seen:
     checks = 0
     # The chain itself keeps its id from being used again.
     digests: dict[int, tuple] = {}
+    # The last virtual id of every segment there ever was. After an eviction another chain may bring back a segment that
+    # both start with, in one node with what follows there: the two then differ inside that node, at a segment's end.
+    segment_ends: set[int] = set()
 
 
 def chain_added(original, index, namespace, chain, digests):
     """AROUND ``ChainIndex.add``, just after the commit: what the chain's entries are now, they must remain."""
     known = original(index, namespace, chain, digests)
+    Seen.segment_ends.add(chain.virtual_ids[-1])
     if Seen.scheduler is None:
         return known
     try:
@@ -246,7 +250,10 @@ def live_slots(scheduler, namespace: tuple, chain) -> torch.Tensor | None:
     matched, node, node_end = tree.tree_core.match_full_device_prefix(key)
     assert matched <= chain.slots, f"{matched} slots matched of a chain of {chain.slots}"
     if matched < chain.slots:
-        assert matched == node_end, f"a chain of {chain.slots} slots differs from the tree within a node, at {matched}"
+        is_segment_end = matched > 0 and chain.virtual_ids[matched - 1] in Seen.segment_ends
+        assert matched == node_end or is_segment_end, (
+            f"a chain of {chain.slots} slots differs from the tree within a segment, at {matched} of {node_end}"
+        )
         return None
     slots = tree.tree_core.collect_full_device_indices(node, tree.root_node_handle())
     assert len(slots) == node_end, f"the path to a chain of {chain.slots} slots holds {len(slots)}, not {node_end}"

@@ -270,10 +270,10 @@ class RequestOptions:
             name = cls.FIELDS[key]
             field = cls.BOUNDARY if name == "boundary" else settings_of()[name]
             if value is None or not field.metadata["check"](value):
-                switch = "" if name == "boundary" else f" ({NO_COMPRESSION} switches compression off)"
-                raise ValueError(
-                    f"custom_params: {key}={shown(value)} is not allowed; allowed: {field.metadata['allowed']}{switch}"
-                )
+                allowed = field.metadata["allowed"]
+                if name != "boundary":  # where the server's 1 keeps every entry, a request's 1 does not compress
+                    allowed = f"{allowed.split(' (')[0]} ({NO_COMPRESSION} switches compression off)"
+                raise ValueError(f"custom_params: {key}={shown(value)} is not allowed; allowed: {allowed}")
             options[name] = value
         if "ratio" in options and "budget" in options:
             raise ValueError("custom_params: metasoft_ratio and metasoft_budget are both given; allowed: one of them")

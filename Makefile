@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := .demo/SmolLM2-135M-Instruct/ready
 
-.PHONY: demo serve test test-all test-fast bench-memory soak lint clean
+.PHONY: demo serve test test-all test-fast gpu-test bench-memory soak lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/sglang-metasoft demo
@@ -25,6 +25,9 @@ test-fast: $(INSTALLED)
 
 bench-memory: $(MODEL)
 	$(BIN)/python benchmarks/memory.py --plot docs/memory.png
+
+gpu-test: $(MODEL)
+	$(BIN)/python -m pytest tests/gpu -s
 
 soak: $(MODEL)
 	$(BIN)/python tests/soak.py --seconds 600 --faults

@@ -8,6 +8,8 @@ import torch
 
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.server import Server
+from sglang_metasoft.soft_tokens import SoftTokens
+from sglang_metasoft.types import ModelShape
 
 DEMO_FOLDER = Path(os.environ.get("METASOFT_DEMO_DIR", Path(__file__).parents[1] / ".demo"))
 
@@ -34,6 +36,27 @@ def document() -> str:
 @pytest.fixture(scope="session")
 def document_ids(tokenizer, document) -> list[int]:
     return tokenizer(document)["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def compressor_dir(model_dir, tmp_path_factory):
+    """A compressor written to disk, as training would; its weights are random, its gates not all one."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    cfg = model.config
+    shape = ModelShape(
+        str(model_dir), cfg.vocab_size, cfg.hidden_size, cfg.num_hidden_layers,
+        cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim,
+    )  # fmt: skip
+    table = model.get_input_embeddings()
+    soft = SoftTokens.untrained(shape, 16, lambda ids: table(ids).detach(), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    soft.gate_scale.copy_(torch.rand(soft.gate_scale.shape, generator=generator))
+    soft.trunk.bias.copy_(torch.randn(soft.trunk.bias.shape, generator=generator))
+    folder = tmp_path_factory.mktemp("compressor")
+    soft.save(folder, shape)
+    return folder
 
 
 @pytest.fixture(scope="module")

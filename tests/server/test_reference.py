@@ -1,15 +1,12 @@
 """A real server's compressed cache against the independent Hugging Face implementation, on a real 2K prompt."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sglang_metasoft.soft_tokens import SoftTokens
-from sglang_metasoft.types import ModelShape
+from tests.reference.meta_soft_reference import Reference
 
 pytestmark = pytest.mark.server
 
@@ -19,35 +16,6 @@ MASS_TOLERANCE = 2e-4
 ENTRY_TOLERANCE = 2e-4
 LOGPROB_TOLERANCE = 2e-3
 TOP = 20
-
-
-def load_reference(model_dir, compressor_dir):
-    path = Path(__file__).parents[1] / "reference" / "meta_soft_reference.py"
-    spec = importlib.util.spec_from_file_location("meta_soft_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Reference(model_dir, compressor_dir)
-
-
-@pytest.fixture(scope="module")
-def compressor_dir(model_dir, tmp_path_factory):
-    """A compressor written to disk, as training would; its weights are random, its gates not all one."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    cfg = model.config
-    shape = ModelShape(
-        str(model_dir), cfg.vocab_size, cfg.hidden_size, cfg.num_hidden_layers,
-        cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim,
-    )  # fmt: skip
-    table = model.get_input_embeddings()
-    soft = SoftTokens.untrained(shape, 16, lambda ids: table(ids).detach(), torch.device("cpu"))
-    generator = torch.Generator().manual_seed(1)
-    soft.gate_scale.copy_(torch.rand(soft.gate_scale.shape, generator=generator))
-    soft.trunk.bias.copy_(torch.randn(soft.trunk.bias.shape, generator=generator))
-    folder = tmp_path_factory.mktemp("compressor")
-    soft.save(folder, shape)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +43,7 @@ def served(start_server, compressor_dir, document_ids, tmp_path_factory):
 def test_server_equals_reference(served, model_dir, compressor_dir, ratio):
     ids, results = served
     trace, top_logprobs = results[ratio]
-    reference = load_reference(model_dir, compressor_dir)
+    reference = Reference(model_dir, compressor_dir)
     entries = PROMPT_TOKENS // ratio - WINDOW
     expected = reference.compress(ids, WINDOW, entries, SINK, TARGETS)
     layers, groups = trace["kept"].shape[:2]
@@ -101,3 +69,23 @@ def test_server_equals_reference(served, model_dir, compressor_dir, ratio):
     for logprob, token, _ in top_logprobs:
         assert abs(logprobs[token].item() - logprob) < LOGPROB_TOLERANCE, token
     assert top_logprobs[0][1] == logprobs.argmax().item()
+
+
+def compare_entries(trace: dict, expected) -> tuple[float, float]:
+    """How far a trace is from the reference, where numbers are too coarse to agree exactly.
+
+    Returns:
+        Share of kept entries in common, and the largest, over heads, of the median relative error of an entry's K and V
+        (heads that chose the same entries alone).
+    """
+    layers, groups, entries = trace["kept"].shape
+    common, errors = 0, [0.0]
+    for layer in range(layers):
+        for g in range(groups):
+            ours, theirs = trace["kept"][layer, g].tolist(), expected.kept[layer][g]
+            common += len(set(ours) & set(theirs))
+            if ours == theirs:
+                for name, there in (("key", expected.keys), ("value", expected.values)):
+                    here, there = trace[name][layer, :, g].float(), there[layer][g]
+                    errors.append(((here - there).norm(dim=-1) / there.norm(dim=-1)).median().item())
+    return common / (layers * groups * entries), max(errors)

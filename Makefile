@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 MODEL := .demo/SmolLM2-135M-Instruct/ready
 
-.PHONY: demo serve test test-all test-fast gpu-test bench-memory soak lint clean
+.PHONY: demo serve test test-all test-fast gpu-test gpu-pack bench-memory soak lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/sglang-metasoft demo
@@ -28,6 +28,9 @@ bench-memory: $(MODEL)
 
 gpu-test: $(MODEL)
 	$(BIN)/python -m pytest tests/gpu -s
+
+gpu-pack: $(INSTALLED)
+	$(BIN)/python tests/gpu/pack.py .gpu
 
 soak: $(MODEL)
 	$(BIN)/python tests/soak.py --seconds 600 --faults

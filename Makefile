@@ -1,11 +1,15 @@
 # Both main targets do all the set-up: `make demo` and `make test`. A second run skips what is done.
+# `make test-0.5.17` tests with that SGLang, in an environment of its own; so does `make test-0.5.17-identity`, in part.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+SGLANG := 0.5.23
+OTHERS := 0.5.17
 MODEL := .demo/SmolLM2-135M-Instruct/ready
 
 .PHONY: demo serve test test-all test-fast gpu-test gpu-pack bench-memory soak lint clean
+.PHONY: $(OTHERS:%=test-%) $(OTHERS:%=test-%-identity)
 
 demo: $(INSTALLED)
 	$(BIN)/sglang-metasoft demo
@@ -22,6 +26,12 @@ test-all: $(MODEL)
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not server"
+
+$(OTHERS:%=test-%): test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -m "not slow"
+
+$(OTHERS:%=test-%-identity): test-%-identity: .venv-%/.installed
+	.venv-$*/bin/python -m pytest tests/contract tests/server/test_identity.py
 
 bench-memory: $(MODEL)
 	$(BIN)/python benchmarks/memory.py --plot docs/memory.png
@@ -43,9 +53,16 @@ $(MODEL): $(INSTALLED)
 	$(BIN)/sglang-metasoft demo-model
 
 $(INSTALLED): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[demo,test,dev]'
+	$(call install,$(SGLANG))
+
+$(OTHERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml
+	$(call install,$*)
+
+define install
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check -q -e '.[demo,test,dev]' sglang==$(1)
 	touch $@
+endef
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info
+	rm -rf $(VENV) .venv-* .demo build dist *.egg-info

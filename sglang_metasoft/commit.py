@@ -8,17 +8,18 @@ from array import array
 
 import torch
 from sglang.srt.mem_cache.common import evict_from_tree_cache
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_metasoft.radix import MetaSoftRadixCache
+from sglang_metasoft.adapter import Adapter
+from sglang_metasoft.radix import PrefixPolicy
 from sglang_metasoft.types import MergedKV, Plan
 
 
 class Committer:
     """Bound to one scheduler's pools and tree."""
 
-    def __init__(self, tree_cache: MetaSoftRadixCache) -> None:
+    def __init__(self, tree_cache: PrefixPolicy, adapter: Adapter) -> None:
         self.tree_cache = tree_cache
+        self.adapter = adapter
         self.allocator = tree_cache.token_to_kv_pool_allocator
         self.req_to_token_pool = tree_cache.req_to_token_pool
         self.pool = self.allocator.get_kvcache()
@@ -38,7 +39,7 @@ class Committer:
 
     def row(self, req) -> torch.Tensor:
         """``[context]`` int32 view of the request's row in ``req_to_token``."""
-        return self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        return self.req_to_token_pool.req_to_token[self.adapter.row_index(req)]
 
     def write(self, layer, slots: torch.Tensor, merged: MergedKV) -> None:
         """Write ``[B, G, d]`` consolidated entries of one layer into ``slots``.
@@ -49,7 +50,7 @@ class Committer:
         # set_kv_buffer divides by the scales in place when it quantises: these tensors are ours alone.
         self.pool.set_kv_buffer(
             layer,
-            KVWriteLoc(slots, None, physical=True),
+            self.adapter.write_location(slots),
             merged.key,
             merged.value,
             layer.k_scale_float,
@@ -71,17 +72,18 @@ class Committer:
         unlocked here. Afterwards the request locks the chain alone.
 
         Args:
-            req: its span is computed up to ``req.extend_end``; ``cache_protected_len <= plan.end_slots``.
+            req: its span is computed up to the end of its last extend; the tree owns nothing past ``plan.end_slots``.
             new_slots: ``[B]`` already written.
             compact_prompt_ids: the prompt with the span's ids replaced by B virtual ids.
             insert_tail: else the tail belongs to the next span and is not inserted.
         """
+        adapter = self.adapter
         row = self.row(req)
         start, end = plan.start_slots, plan.end_slots
-        row_end = req.extend_end
-        if keep_raw and end > req.kv.cache_protected_len:
-            self.tree_cache.checkpoint_raw(req, up_to=end)
-        owned_from = max(req.kv.cache_protected_len, start)
+        row_end = adapter.extend_end(req)
+        if keep_raw and end > adapter.protected_len(req):
+            self.tree_cache.publish_raw(req, up_to=end)
+        owned_from = max(adapter.protected_len(req), start)
         owned_raw = row[owned_from:end].to(torch.int64)
         compact_end = row_end - plan.saved_slots
         moved = torch.cat([new_slots.to(row.dtype), row[end:row_end]])
@@ -91,13 +93,8 @@ class Committer:
 
         req.origin_input_ids = compact_prompt_ids
         req.full_untruncated_fill_ids = array("q")
-        req.refresh_fill_ids()
-        req.extend_end = compact_end
-        req.already_computed = compact_end
-        req.kv.kv_allocated_len = compact_end
-        req.kv.kv_committed_len = compact_end
-        req.kv.cache_protected_len = start
-        req.kv.cache_inserted_len = min(req.kv.cache_inserted_len, start)
-        # At once: a later checkpoint would leave a window in which the index knows a chain that the tree lacks.
-        self.tree_cache.checkpoint(req, up_to=compact_end if insert_tail else start + plan.kept_slots)
-        req.prefix_len = compact_end
+        adapter.refresh_ids(req)
+        adapter.move_row(req, end=compact_end, protected_len=start)
+        # At once: a later insertion would leave a window in which the index knows a chain that the tree lacks.
+        self.tree_cache.publish(req, up_to=compact_end if insert_tail else start + plan.kept_slots)
+        adapter.set_prefix(req, row, compact_end)

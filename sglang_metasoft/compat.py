@@ -8,7 +8,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-SUPPORTED_SGLANG = ("0.5.23",)
+# The first is the one that a plain installation brings.
+SUPPORTED_SGLANG = ("0.5.23", "0.5.17")
 
 
 class Refusal(NamedTuple):
@@ -181,13 +182,23 @@ REFUSED = (
 )
 
 
-def check_sglang_version() -> None:
-    """Raise ValueError, naming the supported versions, unless the installed SGLang is one of them."""
+def is_sglang_supported() -> bool:
+    """Whether the installed SGLang is one of the supported versions."""
+    return version("sglang") in SUPPORTED_SGLANG
+
+
+def check_sglang_version() -> str:
+    """The installed SGLang.
+
+    Raises:
+        ValueError: it is none of the supported versions; names them.
+    """
     installed = version("sglang")
-    if installed not in SUPPORTED_SGLANG:
+    if not is_sglang_supported():
         raise ValueError(
             f"--enable-metasoft: SGLang {installed} is not supported; supported: {', '.join(SUPPORTED_SGLANG)}"
         )
+    return installed
 
 
 def check_features(args: Any, model: Any) -> None:

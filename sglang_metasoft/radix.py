@@ -1,16 +1,14 @@
-"""The radix tree of a compressing server: SGLang's own, plus the index of compressed prefixes.
+"""What of a request goes into the radix tree of a compressing server, and the index of compressed prefixes.
 
-Ownership of a request's slots, as half-open ranges of its row: ``[0, cache_protected_len)`` belongs to the tree,
-``[cache_protected_len, kv_allocated_len)`` to the request. The raw window after a span must stay the request's own
-until the span is compressed, because its slots then move; so nothing past the span's end is inserted before.
+Ownership of a request's slots, as half-open ranges of its row: ``[0, protected_len)`` belongs to the tree, the rest to
+the request. The raw window after a span must stay the request's own until the span is compressed, because its slots
+then move; so nothing past the span's end is inserted before.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 
-from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
-from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-
+from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.chains import ChainIndex
 from sglang_metasoft.config import MetaSoftConfig
 
@@ -19,12 +17,14 @@ BACKEND_NAME = "metasoft"
 RAW_PRIORITY = -(1 << 63)
 
 
-class MetaSoftRadixCache(UnifiedRadixCache):
-    """SGLang's radix cache with an index of compressed prefixes and a cap on what raw prefills insert."""
+class PrefixPolicy(ABC):
+    """Comes before SGLang's radix cache among the bases of an adapter's cache class."""
 
-    config: MetaSoftConfig  # set by the factory, before __init__ runs
+    # Set by the factory, before __init__ runs.
+    config: MetaSoftConfig
+    adapter: Adapter
 
-    def __init__(self, params: CacheInitParams) -> None:
+    def __init__(self, params) -> None:
         self.chains = ChainIndex(self.config.index_tokens)
         super().__init__(params)
 
@@ -33,44 +33,50 @@ class MetaSoftRadixCache(UnifiedRadixCache):
         self.chains.clear()
         super().reset()
 
-    def checkpoint(self, req, *, up_to: int, **kwargs) -> None:
+    @abstractmethod
+    def insert_row(self, req, *, up_to: int, priority: int, **kwargs) -> None:
+        """Insert the first ``up_to`` entries of a request's row and move its lock onto them, as SGLang does.
+
+        Args:
+            priority: among nodes of the tree; the lowest are evicted first.
+            kwargs: what SGLang passed besides.
+        """
+
+    def publish(self, req, *, up_to: int, **kwargs) -> None:
         """Insert a request's KV as far as it may be shared.
 
         A raw request that will be compressed inserts nothing past its span's end, and nothing at all if raw spans
-        are not kept. Everything else is SGLang's own checkpoint.
+        are not kept. Everything else is inserted as SGLang would.
         """
         plan = getattr(getattr(req, "metasoft", None), "plan", None)
         if plan is None or req.finished():
-            # With priority scheduling, SGLang gives the lowest of all to requests that name none.
-            self._insert(req, max(req.priority or 0, RAW_PRIORITY + 1), up_to=up_to, **kwargs)
+            self.insert_row(req, up_to=up_to, priority=own_priority(req), **kwargs)
             return
         if not self.config.keep_raw:
             return
         page = self.page_size
         cap = min(up_to, plan.end_slots, (up_to - self.config.window) // page * page)
-        if cap > req.kv.cache_protected_len:
-            self.checkpoint_raw(req, up_to=cap)
+        if cap > self.adapter.protected_len(req):
+            self.publish_raw(req, up_to=cap)
 
-    def checkpoint_raw(self, req, *, up_to: int) -> None:
+    def publish_raw(self, req, *, up_to: int) -> None:
         """Insert a raw span below every other priority, so that memory pressure takes it first."""
-        self._insert(req, RAW_PRIORITY, up_to=up_to)
-
-    def _insert(self, req, priority: int, **kwargs) -> None:
-        own_priority, req.priority = req.priority, priority
-        try:
-            super().checkpoint(req, **kwargs)
-        finally:
-            req.priority = own_priority
+        self.insert_row(req, up_to=up_to, priority=RAW_PRIORITY)
 
 
-def make_factory(config: MetaSoftConfig):
+def own_priority(req) -> int:
+    """A request's priority in the tree: above every raw span, even where SGLang gives it the lowest of all."""
+    return max(req.priority or 0, RAW_PRIORITY + 1)
+
+
+def make_factory(config: MetaSoftConfig, adapter: Adapter):
     """The factory to register under :data:`BACKEND_NAME` with ``register_radix_cache_backend``."""
 
-    def factory(ctx: TreeCacheBuildContext) -> UnifiedRadixCache:
-        if config.keep_raw and ctx.params.eviction_policy == "lru":
+    def factory(context):
+        if config.keep_raw and context.params.eviction_policy == "lru":
             # "priority" is LRU within one priority; it is what makes raw spans go first.
-            ctx.params = dataclasses.replace(ctx.params, eviction_policy="priority")
-        cache_class = type(MetaSoftRadixCache.__name__, (MetaSoftRadixCache,), {"config": config})
-        return create_unified_radix_cache(ctx, cache_class=cache_class)
+            context.params = dataclasses.replace(context.params, eviction_policy="priority")
+        attributes = {"config": config, "adapter": adapter}
+        return adapter.build_cache(context, type("MetaSoftRadixCache", (adapter.cache_class,), attributes))
 
     return factory

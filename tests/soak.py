@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # when run as a script
 
 from sglang_metasoft.demo.server import Server  # noqa: E402
 from sglang_metasoft.types import Bypass  # noqa: E402
-from tests.server.checks import assert_pool_is_whole, assert_sound_inside, inside_env, inside_lines  # noqa: E402
+from tests.server.checks import SALT, assert_pool_is_whole, assert_sound_inside, inside_env, inside_lines  # noqa: E402
 
 POOL_TOKENS = 4096
 MAX_PROMPT = 1500
@@ -210,10 +210,10 @@ class Soak:
         """Named tenants share with themselves; a new one shares with nobody."""
         ids = self.document_prompt(source)
         if source.random() < 0.3:
-            meta = self.ask(ids, 4, cache_salt=f"new-{source.random()}")["meta_info"]
+            meta = self.ask(ids, 4, **{SALT: f"new-{source.random()}"})["meta_info"]
             assert meta["num_retractions"] > 0 or meta["cached_tokens"] == meta["metasoft_reused_tokens"] == 0, meta
         else:
-            fields = source.choice([{"cache_salt": "a"}, {"extra_key": "a"}, {"cache_salt": "a", "extra_key": "b"}])
+            fields = source.choice([{SALT: "a"}, {"extra_key": "a"}, {SALT: "a", "extra_key": "b"}])
             self.ask(ids, 4, source.choice(OPTIONS), **fields)
 
     def do_stream(self, source) -> None:

@@ -2,9 +2,17 @@
 
 
 def register() -> None:
-    """Called by SGLang in every process. Adds flags and checks; the scheduler stays as it is without the flag."""
-    from metasoft_patches import frontend
-    from metasoft_patches.install import register_hooks
+    """Called by SGLang in every process. Adds flags and checks; the scheduler stays as it is without the flag.
 
-    register_hooks("frontend", lambda name: getattr(frontend, name))
+    In a version that is not supported only the flags are added: each of them then says which versions are.
+    """
+    from metasoft_patches import frontend
+    from metasoft_patches.adapters import load_adapter
+    from metasoft_patches.install import register_hooks
+    from metasoft_patches.targets import FLAG_TARGETS
+    from sglang_metasoft.compat import is_sglang_supported
+
+    register_hooks(FLAG_TARGETS, frontend)
     frontend.extend_engine()
+    if is_sglang_supported():
+        register_hooks(load_adapter().targets_of("frontend"), frontend, load_adapter().hooks)

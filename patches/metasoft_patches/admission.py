@@ -5,6 +5,7 @@ from sglang.srt.managers.utils import validate_input_length
 from sglang.srt.runtime_context import get_serving
 
 from metasoft_patches.request import RequestState
+from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.policy import Footprint, chunked_footprint
 from sglang_metasoft.types import Bypass
@@ -16,11 +17,13 @@ class Admission:
     Args:
         scheduler: SGLang's, fully constructed.
         config: the server's settings.
+        adapter: of this SGLang.
     """
 
-    def __init__(self, scheduler, config: MetaSoftConfig) -> None:
+    def __init__(self, scheduler, config: MetaSoftConfig, adapter: Adapter) -> None:
         self.scheduler = scheduler
         self.config = config
+        self.adapter = adapter
         self.page_size = scheduler.page_size
         # Whether a prompt is compressed while it is prefilled.
         self.compresses_chunks = config.during_prefill and bool(scheduler.chunked_prefill_size)
@@ -40,24 +43,26 @@ class Admission:
             is_admission: the request is asking to be admitted; else a chunk of it is being charged.
         """
         state: RequestState = req.metasoft
-        raw_slots = len(req.full_untruncated_fill_ids) - req.prefix_len
+        prefix_slots = self.adapter.prefix_len(req)
+        raw_slots = len(req.full_untruncated_fill_ids) - prefix_slots
         new_tokens = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
         wanted = raw_slots + state.plan.kept_slots + new_tokens + 2 * self.page_size
-        fits_raw = req.prefix_len + wanted < self.scheduler.max_total_num_tokens
+        fits_raw = prefix_slots + wanted < self.scheduler.max_total_num_tokens
         # Once it had to start again it asks for its raw size, if the pool has that.
         if self.compresses_chunks and is_admission and not (fits_raw and state.restarts):
-            footprint = self._footprint(req, req.prefix_len)
+            footprint = self._footprint(req, prefix_slots)
             if self._fits(footprint):
                 new_tokens = min(new_tokens, CLIP_MAX_NEW_TOKENS)  # what SGLang adds to the result
                 held = max(footprint.peak_slots - new_tokens, footprint.final_slots + len(req.output_ids))
-                return held - req.prefix_len - raw_slots
+                return held - prefix_slots - raw_slots
         return state.plan.kept_slots if fits_raw else 0
 
     def has_room_for_prefix(self, req) -> bool:
         """Whether the pool can hold the raw prefix that was found in the tree and, beside it, its compression."""
         if not self.compresses_chunks or req.metasoft.plan is None:
             return True
-        return self._fits(self._footprint(req, req.prefix_len)) or not self._fits(self._footprint(req))
+        prefix_slots = self.adapter.prefix_len(req)
+        return self._fits(self._footprint(req, prefix_slots)) or not self._fits(self._footprint(req))
 
     def _footprint(self, req, prefix_slots: int = 0) -> Footprint:
         state: RequestState = req.metasoft
@@ -87,7 +92,7 @@ class Admission:
         pool_slots = scheduler.max_total_num_tokens
         if self.compresses_chunks and not req.finished() and req.to_finish is None:
             footprint = Footprint(len(req.origin_input_ids), len(req.origin_input_ids))
-            if bypass_reason(req) is None and req.metasoft.refusal is None:
+            if bypass_reason(req, self.adapter) is None and req.metasoft.refusal is None:
                 footprint = self._footprint(req)
             if self._fits(footprint):
                 saved = len(req.origin_input_ids) - footprint.final_slots
@@ -100,7 +105,7 @@ class Admission:
             scheduler.max_total_num_tokens = pool_slots
 
 
-def bypass_reason(req) -> Bypass | None:
+def bypass_reason(req, adapter: Adapter) -> Bypass | None:
     """Why compression cannot serve this request, or None. Lengths are the policy's business, not this table's."""
     params = req.sampling_params
     checks = (
@@ -110,9 +115,9 @@ def bypass_reason(req) -> Bypass | None:
         (req.positional_embed_overrides is not None, Bypass.EMBED_OVERRIDES),
         (req.session is not None or req.session_id is not None, Bypass.SESSION),
         (req.lora_id is not None, Bypass.LORA),
-        (req.beam_group is not None, Bypass.BEAM_SEARCH),
+        (adapter.is_beam_search(req), Bypass.BEAM_SEARCH),
         (req.custom_logit_processor is not None, Bypass.CUSTOM_LOGIT_PROCESSOR),
-        (params.watermark is not None, Bypass.WATERMARK),
+        (adapter.is_watermarked(req), Bypass.WATERMARK),
         (req.return_routed_experts or req.return_indexer_topk, Bypass.ROUTED_EXPERTS),
     )
     return next((reason for holds, reason in checks if holds), None)

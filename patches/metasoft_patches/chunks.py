@@ -9,9 +9,10 @@ import logging
 from array import array
 from http import HTTPStatus
 
-from sglang.srt.managers.schedule_batch import FINISH_ABORT, retract_all
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from metasoft_patches.request import RequestState
+from sglang_metasoft.adapter import Adapter
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,12 @@ class ChunkGuard:
 
     Args:
         scheduler: SGLang's, fully constructed.
+        adapter: of this SGLang.
     """
 
-    def __init__(self, scheduler) -> None:
+    def __init__(self, scheduler, adapter: Adapter) -> None:
         self.scheduler = scheduler
+        self.adapter = adapter
 
     def add_chunk(self, original, adder, req):
         """Let the next chunk run if it fits; else let the prompt wait for others, start again, or end.
@@ -37,7 +40,8 @@ class ChunkGuard:
         Returns:
             The request if it has chunks left, else None.
         """
-        chunk_tokens = min(len(req.full_untruncated_fill_ids) - req.prefix_len, adder.rem_chunk_tokens)
+        left = len(req.full_untruncated_fill_ids) - self.adapter.prefix_len(req)
+        chunk_tokens = min(left, adder.rem_chunk_tokens)
         if adder.ceil_paged_tokens(chunk_tokens) + adder.page_size <= adder.cur_rem_tokens:
             return original(adder, req)
         state: RequestState = req.metasoft
@@ -57,23 +61,16 @@ class ChunkGuard:
 
     def _start_again(self, req) -> None:
         """Free what it holds, to be computed again later."""
-        scheduler = self.scheduler
-        retract_all(
-            reqs=[req],
-            req_to_token_pool=scheduler.req_to_token_pool,
-            token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
-            tree_cache=scheduler.tree_cache,
-            hisparse_coordinator=scheduler.hisparse_coordinator,
-        )
-        scheduler._add_request_to_queue(req)
+        self.adapter.retract(self.scheduler, req)
+        self.scheduler._add_request_to_queue(req)
 
     def _end(self, req) -> None:
         """Answer that the prompt does not fit. SGLang ends a request after a prefill only: one more token of it."""
-        reason = req.metasoft.failure
+        reason, computed = req.metasoft.failure, self.adapter.prefix_len(req)
         why = f" and could not be compressed ({reason.value})" if reason else ""
-        logger.error("MetaSoft: request %s ends at token %d: the KV pool is full%s", req.rid, req.prefix_len, why)
+        logger.error("MetaSoft: request %s ends at token %d: the KV pool is full%s", req.rid, computed, why)
         message = f"The prompt is longer than the free KV pool{why}. Try again."
         req.to_finish = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
-        req.origin_input_ids = req.origin_input_ids[: req.prefix_len + 1]
+        req.origin_input_ids = req.origin_input_ids[: computed + 1]
         req.full_untruncated_fill_ids = array("q")
-        req.refresh_fill_ids()
+        self.adapter.refresh_ids(req)

@@ -15,6 +15,7 @@ from metasoft_patches.model import check_model, model_shape
 from metasoft_patches.probe_forward import ProbeBackend, run_probe
 from metasoft_patches.request import RequestState
 from metasoft_patches.transfer import to_device
+from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.chains import Chain, make_virtual_ids
 from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig
@@ -34,16 +35,18 @@ class SchedulerCompressor:
     Args:
         scheduler: SGLang's, fully constructed.
         config: the server's settings.
+        adapter: of this SGLang.
 
     Raises:
         ValueError: the model, its pool or the trained compressor cannot be served.
     """
 
-    def __init__(self, scheduler, config: MetaSoftConfig) -> None:
+    def __init__(self, scheduler, config: MetaSoftConfig, adapter: Adapter) -> None:
         self.scheduler = scheduler
         self.config = config
+        self.adapter = adapter
         self.runner = scheduler.tp_worker.model_runner
-        self.committer = Committer(scheduler.tree_cache)
+        self.committer = Committer(scheduler.tree_cache, adapter)
         self.page_size = scheduler.page_size
         self.shape = model_shape(scheduler.model_config)
         check_model(self.runner.model, self.committer.pool, self.shape)
@@ -136,18 +139,18 @@ class SchedulerCompressor:
             state: RequestState | None = getattr(req, "metasoft", None)
             if state is None or state.plan is None or id(req) in decoding or id(req) in done or req.finished():
                 continue
-            is_last_chunk = req.extend_end == len(req.full_untruncated_fill_ids)
+            is_last_chunk = self._is_last_chunk(req)
             if is_last_chunk:
-                if req.next_output_finishes_by_length():
+                if self.adapter.finishes_next(req):
                     self._skip(req, Bypass.FINISHES_NOW, done)
                     continue
                 state.make_plan(self.config, self.page_size)
             elif self.config.during_prefill:
-                state.make_plan(self.config, self.page_size, state.offset + req.extend_end)
+                state.make_plan(self.config, self.page_size, state.offset + self.adapter.extend_end(req))
             else:
                 continue
             plan = state.plan
-            if plan is not None and plan.end_slots >= req.kv.cache_protected_len:
+            if plan is not None and plan.end_slots >= self.adapter.protected_len(req):
                 chosen.append((position, req, plan))
             elif plan is not None:
                 self._skip(req, Bypass.SHARED_WINDOW, done)
@@ -155,11 +158,15 @@ class SchedulerCompressor:
                 state.make_plan(self.config, self.page_size)  # too little yet; the plan for the whole prompt stands
         return chosen
 
+    def _is_last_chunk(self, req) -> bool:
+        """Whether the last extend completed the request's prefill."""
+        return self.adapter.extend_end(req) == len(req.full_untruncated_fill_ids)
+
     def _skip(self, req, reason: Bypass, done: set[int]) -> None:
         """Leave a request's span as it is; after a chunk that is not the last, the next one tries again."""
         done.add(id(req))
         state: RequestState = req.metasoft
-        if req.extend_end == len(req.full_untruncated_fill_ids):
+        if self._is_last_chunk(req):
             state.skip(reason)
         else:
             state.failure = reason
@@ -188,8 +195,8 @@ class SchedulerCompressor:
             return out
 
         backend = ProbeBackend(self.committer.req_to_token_pool, self.committer.pool, jobs, on_layer)
-        rows = to_device([req.kv.req_pool_idx for req, _, _ in items], torch.int64, self.runner.device)
-        run_probe(self.runner, backend, rows)
+        rows = to_device([self.adapter.row_index(req) for req, _, _ in items], torch.int64, self.runner.device)
+        run_probe(self.runner, backend, rows, self.adapter)
         if trace is not None:
             for (req, plan, _), layers in zip(items, trace, strict=True):
                 self._write_trace(req, plan, layers)
@@ -201,7 +208,8 @@ class SchedulerCompressor:
         state: RequestState = req.metasoft
         chain_tokens = state.chain.tokens if state.chain else 0
         span_end = chain_tokens + plan.span_tokens
-        context_slots, context_tokens = req.extend_end, state.offset + req.extend_end
+        context_slots = self.adapter.extend_end(req)
+        context_tokens = state.offset + context_slots
         if plan.ends_at_boundary:
             context_slots, context_tokens = plan.end_slots, span_end
         # Outputs of a retracted request come after the prompt; they are part of the tail.
@@ -227,9 +235,9 @@ class SchedulerCompressor:
         state: RequestState = req.metasoft
         chain = self._extend_chain(req, plan)
         compact_ids = state.set_chain(req, chain)
-        is_last_chunk = req.extend_end == len(req.full_untruncated_fill_ids)
+        is_last_chunk = self._is_last_chunk(req)
         state.make_plan(self.config, self.page_size)
-        next_plan, state.plan = state.plan, None  # the checkpoint inside commit inserts the chain, not a raw prefix
+        next_plan, state.plan = state.plan, None  # the insertion inside commit is of the chain, not a raw prefix
         is_last_span = is_last_chunk and next_plan is None
         self.committer.commit(req, plan, slots, compact_ids, self.config.keep_raw, is_last_span)
         state.plan = next_plan
@@ -274,7 +282,7 @@ class SchedulerCompressor:
 
     def tenant(self, req) -> tuple:
         """What separates raw prefixes: the client's own keys. LoRA requests are not compressed."""
-        return (req.extra_key, req.cache_salt)
+        return self.adapter.tenant(req)
 
     def namespace(self, req) -> tuple:
         """What separates chains: tenant, settings, and the weights that the KV was computed with."""
@@ -292,7 +300,7 @@ class SchedulerCompressor:
         state.takes_raw_prefix = takes_raw_prefix
         state.adopt_prompt(req)
         state.generation = self.generation
-        state.refusal = state.refusal or bypass_reason(req)
+        state.refusal = state.refusal or bypass_reason(req, self.adapter)
         chains = []
         if state.refusal is None:
             found = tree_cache.chains.candidates(self.namespace(req), state.raw_ids, state.digests(), MAX_CANDIDATES)
@@ -307,14 +315,15 @@ class SchedulerCompressor:
                 state.use_chain(req, chain)
             state.plan = None  # which would cap the match at its span's end
             match(req, tree_cache, *args, **kwargs)
-            if chain is not None and req.prefix_len < chain.slots:
+            matched_slots = self.adapter.prefix_len(req)
+            if chain is not None and matched_slots < chain.slots:
                 tree_cache.chains.discard(chain)  # evicted from the tree meanwhile
                 return -1
-            state.see_shared_head(req.prefix_len + state.offset, seen, self.page_size)
+            state.see_shared_head(matched_slots + state.offset, seen, self.page_size)
             state.make_plan(self.config, self.page_size)
-            if state.plan is not None and req.prefix_len > state.plan.end_slots:
+            if state.plan is not None and matched_slots > state.plan.end_slots:
                 match(req, tree_cache, *args, **kwargs)
-            return req.prefix_len + state.offset
+            return self.adapter.prefix_len(req) + state.offset
 
         best, best_tokens, tried = None, -1, None
         for chain in (*chains, None):

@@ -8,10 +8,17 @@ import os
 
 import torch
 
+from metasoft_patches.adapters import folder_of
+from sglang_metasoft.compat import check_sglang_version
+
 
 def activate() -> str | None:
-    """Return the platform's path where no accelerator exists, else None (SGLang then picks its own)."""
+    """Return the platform's path where no accelerator exists, else None (SGLang then picks its own).
+
+    Raises:
+        ValueError: this SGLang is not supported; SGLang logs it and picks its own platform.
+    """
     if torch.accelerator.is_available() or os.getenv("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return None
-    # Imported by SGLang only when it is chosen: the class below needs SGLang's platform package.
-    return "metasoft_patches.cpu_platform_class.TorchCpuPlatform"
+    # Imported by SGLang only when it is chosen: the class needs SGLang's platform package.
+    return f"metasoft_patches.{folder_of(check_sglang_version())}.cpu_platform.CpuPlatform"

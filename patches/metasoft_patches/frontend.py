@@ -7,6 +7,7 @@ import typing
 
 from sglang.srt.plugins.hook_registry import HookRegistry
 
+from metasoft_patches.adapters import load_adapter
 from metasoft_patches.install import register_hooks, verify_hooks
 from sglang_metasoft import compat
 from sglang_metasoft.config import (
@@ -148,13 +149,12 @@ def check_server(result, server_args) -> None:
     config: MetaSoftConfig | None = getattr(server_args, CARRIER, None)
     if config is None:
         return
-    verify_hooks("frontend")
-    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
-
     from metasoft_patches.model import model_shape
 
-    model_config = model_config_of(server_args)
-    compat.check_features(resolving_view(server_args), model_config)
+    adapter = load_adapter()
+    verify_hooks(adapter.targets_of("flags", "frontend"))
+    settings, model_config = adapter.settings(server_args)
+    compat.check_features(settings, model_config)
     if config.path is not None:
         check_compressor(config.path, model_shape(model_config))
 
@@ -166,29 +166,17 @@ def configure_scheduler(result, server_args, *args, **kwargs) -> None:
         return
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
-    from metasoft_patches.scheduler import SchedulerHooks
-
-    register_radix_cache_backend(BACKEND_NAME, make_factory(config))
-    hooks = SchedulerHooks(config)
-    register_hooks("scheduler", lambda name: getattr(hooks, name))
+    adapter = load_adapter()
+    register_radix_cache_backend(BACKEND_NAME, make_factory(config, adapter))
+    targets = adapter.targets_of("scheduler")
+    register_hooks(targets, adapter.hooks.SchedulerHooks(config, adapter))
     HookRegistry.apply_hooks()
-    verify_hooks("scheduler")
+    verify_hooks(targets)
 
 
-# -- requests and responses ----------------------------------------------------------------------------------------
+# -- requests ------------------------------------------------------------------------------------------------------
 
 
 def check_request(result, params, vocab_size: int) -> None:
     """AFTER ``SamplingParams.verify``: a bad ``custom_params`` value is a client error (HTTP 400)."""
     RequestOptions.parse(params.custom_params)
-
-
-def flatten_meta_info(original, manager, meta_info: dict, state, customized_info: dict, index: int, finish_reason):
-    """AROUND ``update_request_meta_info``: our fields are one value a response, not one a token."""
-    others = {}
-    for key, values in customized_info.items():
-        if not key.startswith(PREFIX):
-            others[key] = values
-        elif values[index] is not None:
-            meta_info[key] = values[index]
-    return original(manager, meta_info, state, others, index, finish_reason)

@@ -9,11 +9,10 @@ from collections.abc import Callable
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
-from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
-from sglang.srt.runtime_context import get_model
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from metasoft_patches.transfer import to_device
+from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.types import Job, LayerPool
 
 CompressLayer = Callable[[Job, object, torch.Tensor, torch.Tensor, torch.Tensor, LayerPool], torch.Tensor]
@@ -51,13 +50,14 @@ class ProbeBackend(AttentionBackend):
         return torch.cat(outs).reshape(q.shape[0], -1)
 
 
-def run_probe(model_runner, backend: ProbeBackend, req_pool_indices: torch.Tensor) -> None:
+def run_probe(model_runner, backend: ProbeBackend, req_pool_indices: torch.Tensor, adapter: Adapter) -> None:
     """Run the probes of all jobs through the decoder body, layer by layer, as one batch.
 
     Args:
         model_runner: SGLang's, for the model and the device.
         backend: holds the jobs; called once per layer.
         req_pool_indices: ``[jobs]`` rows of the requests, on the device.
+        adapter: of this SGLang.
     """
     device = model_runner.device
     probes = [job.probe for job in backend.jobs]
@@ -93,9 +93,5 @@ def run_probe(model_runner, backend: ProbeBackend, req_pool_indices: torch.Tenso
     )
     embeds = torch.cat([probe.embeds for probe in probes]).to(model_runner.dtype)
     model = model_runner.model
-    with (
-        torch.no_grad(),
-        get_model().override(shared_experts=model.shared_experts_config),
-        forward_context(ForwardContext(attn_backend=backend), forward_batch=batch),
-    ):
+    with torch.no_grad(), adapter.forward_scope(model, backend, batch):
         model.model(input_ids, positions, batch, input_embeds=embeds)

@@ -8,30 +8,30 @@ from metasoft_patches.chunks import ChunkGuard
 from metasoft_patches.compressor import SchedulerCompressor
 from metasoft_patches.request import RequestState
 from metasoft_patches.transfer import to_device
+from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.chains import FIRST_VIRTUAL_ID
 from sglang_metasoft.config import MetaSoftConfig, RequestOptions
 from sglang_metasoft.types import Bypass
 
-REPORT_FIELDS = ("metasoft_span_tokens", "metasoft_kv_tokens", "metasoft_reused_tokens", "metasoft_bypass")
-
 
 class SchedulerHooks:
-    """The hooks of one scheduler process; names as in :mod:`metasoft_patches.targets`."""
+    """The hooks of one scheduler process, as far as all versions have them; an adapter's subclass adds its own."""
 
-    def __init__(self, config: MetaSoftConfig) -> None:
+    def __init__(self, config: MetaSoftConfig, adapter: Adapter) -> None:
         self.config = config
+        self.adapter = adapter
         self.compressor: SchedulerCompressor | None = None
         self.admission: Admission | None = None
         self.chunk_guard: ChunkGuard | None = None
 
     def scheduler_made(self, result, scheduler, *args, **kwargs) -> None:
         """AFTER ``Scheduler.__init__``: model and pools exist."""
-        self.compressor = SchedulerCompressor(scheduler, self.config)
-        self.admission = Admission(scheduler, self.config)
-        self.chunk_guard = ChunkGuard(scheduler)
+        self.compressor = SchedulerCompressor(scheduler, self.config, self.adapter)
+        self.admission = Admission(scheduler, self.config, self.adapter)
+        self.chunk_guard = ChunkGuard(scheduler, self.adapter)
 
     def request_made(self, req, scheduler, recv_req, *args, **kwargs) -> None:
-        """AFTER ``Scheduler._create_generation_req``."""
+        """A request has arrived; nothing of it is checked yet."""
         state = req.metasoft = RequestState(req, RequestOptions.parse(req.sampling_params.custom_params))
         prompt_tokens = len(req.origin_input_ids)
         vocab_size = scheduler.model_config.vocab_size
@@ -57,10 +57,6 @@ class SchedulerHooks:
         """AFTER each way to update weights: nothing compressed survives, even if the update failed half-way."""
         self.compressor.weights_changed()
 
-    def output_streamer_class(self, streamer_class, scheduler) -> type:
-        """AFTER ``Scheduler.get_output_streamer_class``: one that adds our fields to each response."""
-        return make_reporting_streamer(streamer_class)
-
     def batch_launched(self, result, scheduler, batch, *args, **kwargs) -> None:
         """AFTER ``Scheduler.run_batch``, common to both event loops: the first moment after a prefill's launch."""
         if batch.forward_mode.is_extend():
@@ -69,7 +65,7 @@ class SchedulerHooks:
     def match_prefix(self, original, req, tree_cache=None, *args, **kwargs):
         """AROUND ``Req.init_next_round_input``: a waiting request may continue a compressed prefix."""
         state = getattr(req, "metasoft", None)
-        if state is None or tree_cache is None or req.kv.holds_kv:
+        if state is None or tree_cache is None or self.adapter.holds_kv(req):
             return original(req, tree_cache, *args, **kwargs)
         self.compressor.match_prefix(original, req, tree_cache, *args, **kwargs)
         if not self.admission.has_room_for_prefix(req):
@@ -93,9 +89,9 @@ class SchedulerHooks:
     def prepare_extend(self, original, batch):
         """AROUND ``ScheduleBatch.prepare_for_extend``: a last guard, and cached tokens in logical length."""
         for req in batch.reqs:
-            ids = req.full_untruncated_fill_ids
-            if req.prefix_len < len(ids) and ids[req.prefix_len] >= FIRST_VIRTUAL_ID:
-                raise RuntimeError(f"metasoft: request {req.rid} would compute a virtual token at {req.prefix_len}")
+            ids, start = req.full_untruncated_fill_ids, self.adapter.prefix_len(req)
+            if start < len(ids) and ids[start] >= FIRST_VIRTUAL_ID:
+                raise RuntimeError(f"metasoft: request {req.rid} would compute a virtual token at {start}")
         result = original(batch)
         for req in batch.reqs:
             state: RequestState | None = getattr(req, "metasoft", None)
@@ -130,33 +126,18 @@ class SchedulerHooks:
                 self.compressor.metrics.request_finished(state.report())
         return result
 
-    def reserve_slots(self, reserve: int, adder, req, *, extend_input_len: int | None = None) -> int | None:
-        """AFTER ``PrefillAdder._request_slot_reserve_for_req``: room for the consolidated entries.
+    def extra_slots(self, req, is_admission: bool) -> int:
+        """Slots that a request needs beyond SGLang's own count: room for the consolidated entries.
 
         A request that already holds KV asks for nothing: SGLang would park its next chunk, and others behind it.
         """
         state = getattr(req, "metasoft", None)
-        if state is None or state.plan is None or req.kv.holds_kv:
-            return None
-        return reserve + self.admission.reserve_slots(req, is_admission=extend_input_len is None)
+        if state is None or state.plan is None or self.adapter.holds_kv(req):
+            return 0
+        return self.admission.reserve_slots(req, is_admission)
 
     def add_chunk(self, original, adder, req):
         """AROUND ``PrefillAdder.add_chunked_req``: a chunk that does not fit must not end the process."""
         if getattr(req, "metasoft", None) is None:
             return original(adder, req)
         return self.chunk_guard.add_chunk(original, adder, req)
-
-
-def make_reporting_streamer(streamer_class: type) -> type:
-    """A subclass of SGLang's output streamer whose responses carry the ``metasoft_*`` fields."""
-
-    class ReportingStreamer(streamer_class):
-        has_additional_customized_info = True
-
-        def build_additional_customized_info(self, reqs) -> dict[str, list]:
-            info = super().build_additional_customized_info(reqs)
-            states = [getattr(req, "metasoft", None) for req in reqs]
-            reports = [state.report() if state is not None else {} for state in states]
-            return info | {name: [report.get(name) for report in reports] for name in REPORT_FIELDS}
-
-    return ReportingStreamer

@@ -1,8 +1,8 @@
-"""Every place in SGLang that MetaSoft hooks: path, expected parameters, and who calls it. Pinned to SGLang 0.5.23.
+"""The form of a hook table, and the two hooks that every version of SGLang gets.
 
-The table is plain data, so that the contract test can check it against SGLang's source without importing either.
-``hook`` names a function in :mod:`metasoft_patches.frontend` (stage "frontend", installed when the plugin loads) or a
-method of :class:`metasoft_patches.scheduler.SchedulerHooks` (stage "scheduler", installed only with the flag).
+Each supported version has a table of its own, ``sglang_<version>/targets.py``: every place in that SGLang that MetaSoft
+hooks, with path, expected parameters, and who calls it. The tables are plain data, so that the contract test can check
+them against SGLang's source without importing it. ``hook`` names a function or method of the version's ``hooks.py``.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,9 @@ from typing import NamedTuple
 class Target(NamedTuple):
     """One hook.
 
-    ``caller`` is a function of SGLang, ``module:qualified.name``, whose body must call the target by its name.
+    ``stage`` says when it is installed: "flags" and "frontend" when the plugin loads, "scheduler" in a scheduler
+    process and only with ``--enable-metasoft``. ``caller`` is a function of SGLang, ``module:qualified.name``, whose
+    body must call the target by its name.
     """
 
     stage: str
@@ -22,9 +24,10 @@ class Target(NamedTuple):
     caller: str
 
 
-TARGETS = (
+# Also hooked in a version that is not supported, so that --enable-metasoft can say so there.
+FLAG_TARGETS = (
     Target(
-        "frontend",
+        "flags",
         "sglang.srt.server_args.ServerArgs.add_cli_args",
         "after",
         "add_flags",
@@ -32,179 +35,11 @@ TARGETS = (
         "sglang.srt.server_args:prepare_server_args",
     ),
     Target(
-        "frontend",
+        "flags",
         "sglang.srt.server_args.ServerArgs.from_cli_args",
         "around",
         "read_flags",
         ("cls", "args"),
         "sglang.srt.server_args:prepare_server_args",
     ),
-    Target(
-        "frontend",
-        "sglang.srt.server_args.ServerArgs.check_server_args",
-        "after",
-        "check_server",
-        ("self",),
-        "sglang.srt.entrypoints.engine:Engine._launch_subprocesses",
-    ),
-    Target(
-        "frontend",
-        "sglang.srt.sampling.sampling_params.SamplingParams.verify",
-        "after",
-        "check_request",
-        ("self", "vocab_size"),
-        "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
-    ),
-    Target(
-        "frontend",
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info",
-        "around",
-        "flatten_meta_info",
-        ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
-        "sglang.srt.managers.tokenizer_manager:TokenizerManager._handle_batch_output",
-    ),
-    Target(
-        "frontend",
-        "sglang.srt.managers.scheduler.configure_scheduler_process",
-        "after",
-        "configure_scheduler",
-        ("server_args", "gpu_id", "display_tp_rank", "display_dp_rank", "display_moe_ep_rank"),
-        "sglang.srt.managers.scheduler:run_scheduler_process",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.scheduler.Scheduler.__init__",
-        "after",
-        "scheduler_made",
-        ("self", "server_args", "port_args"),
-        "sglang.srt.managers.scheduler:run_scheduler_process",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.scheduler.Scheduler._create_generation_req",
-        "after",
-        "request_made",
-        ("self", "recv_req", "*args", "**kwargs"),
-        "sglang.srt.managers.scheduler:Scheduler._handle_generate_request",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class",
-        "after",
-        "output_streamer_class",
-        ("self",),
-        "sglang.srt.managers.scheduler:Scheduler.init_output_streamer",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.scheduler.Scheduler.run_batch",
-        "after",
-        "batch_launched",
-        ("self", "batch", "pp_proxy_tensors"),
-        "sglang.srt.managers.scheduler:Scheduler.event_loop_overlap",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.schedule_batch.Req.init_next_round_input",
-        "around",
-        "match_prefix",
-        ("self", "tree_cache", "cow_mamba"),
-        "sglang.srt.managers.scheduler:Scheduler._get_new_batch_prefill_raw",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.schedule_batch.Req._compute_max_prefix_len",
-        "after",
-        "cap_prefix",
-        ("self", "input_len"),
-        "sglang.srt.managers.schedule_batch:Req.init_next_round_input",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.schedule_batch.Req.reset_for_retract",
-        "after",
-        "request_retracted",
-        ("self",),
-        "sglang.srt.managers.schedule_batch:release_req",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend",
-        "around",
-        "prepare_extend",
-        ("self",),
-        "sglang.srt.managers.scheduler:Scheduler._get_new_batch_prefill_raw",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new",
-        "after",
-        "shift_positions",
-        (
-            "cls",
-            "batch",
-            "model_runner",
-            "capture_hidden_mode",
-            "return_hidden_states_before_norm",
-            "extend_position_info",
-            "spec_mrope_positions",
-            "kv_loc_plan",
-            "write_cols",
-        ),
-        "sglang.srt.managers.tp_worker:TpModelWorker.forward_batch_generation",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
-        "around",
-        "report_logical_length",
-        ("self", "req"),
-        "sglang.srt.managers.scheduler_components.output_streamer:SchedulerOutputStreamer._stream_output_generation",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.schedule_policy.PrefillAdder._request_slot_reserve_for_req",
-        "after",
-        "reserve_slots",
-        ("self", "req", "extend_input_len"),
-        "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req",
-        "around",
-        "add_chunk",
-        ("self", "req"),
-        "sglang.srt.managers.scheduler:Scheduler._get_new_batch_prefill_raw",
-    ),
-    Target(
-        "scheduler",
-        "sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens",
-        "around",
-        "limit_length",
-        ("self", "req"),
-        "sglang.srt.managers.scheduler:Scheduler._handle_generate_request",
-    ),
-    *(
-        Target(
-            "scheduler",
-            f"sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.{name}",
-            "after",
-            "weights_changed",
-            ("self", "recv_req"),
-            "sglang.srt.managers.scheduler:Scheduler.init_request_dispatcher",
-        )
-        for name in (
-            "update_weights_from_disk",
-            "update_weights_from_distributed",
-            "update_weights_from_tensor",
-            "update_weights_from_ipc",
-            "end_weight_update",
-        )
-    ),
 )
-
-
-def targets_of(stage: str) -> tuple[Target, ...]:
-    """The hooks of one stage."""
-    return tuple(target for target in TARGETS if target.stage == stage)

@@ -50,13 +50,15 @@ def download(folder: Path) -> Path:
 def convert(source: Path, target: Path) -> None:
     """Dequantise the GGUF file in ``source`` into a Hugging Face folder ``target``."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF_NAME, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    options = {}
+    if hasattr(transformers, "GgufConfig"):  # before it existed, transformers always dequantised
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.bfloat16, **options)
     # The weights are dequantised now; a leftover quantisation entry would make loaders look for GGUF.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,6 +1,7 @@
-"""Every hook's target, its parameters and its caller, checked in SGLang's source; SGLang is not imported.
+"""Every hook's target, its parameters and its caller, checked in the installed SGLang's source; it is not imported.
 
-On a version that moved one of them this fails and says which, where, and what was expected.
+On a version that moved one of them this fails and says which, where, and what was expected. A version that has no
+table yet is checked against the newest one: the failures are what its adapter has to bring.
 """
 
 import ast
@@ -16,15 +17,27 @@ ROOT = Path(importlib.util.find_spec("sglang").submodule_search_locations[0])
 PATCHES = Path(__file__).parents[2] / "patches" / "metasoft_patches"
 
 
-def load_targets():
-    spec = importlib.util.spec_from_file_location("targets", PATCHES / "targets.py")
+INSTALLED = version("sglang")
+
+
+def folder_of(sglang: str) -> Path:
+    return PATCHES / f"sglang_{sglang.replace('.', '_')}"
+
+
+FOLDER = next(folder for folder in map(folder_of, (INSTALLED, *SUPPORTED_SGLANG)) if folder.is_dir())
+
+
+def load_table(path: Path):
+    """Execute a table of plain data, whose one import is the form of a table."""
+    spec = importlib.util.spec_from_file_location(f"tables.{path.parent.name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.TARGETS
+    return module
 
 
-TARGETS = load_targets()
-WHERE = f"SGLang {version('sglang')} (supported: {', '.join(SUPPORTED_SGLANG)})"
+TABLE = load_table(FOLDER / "targets.py")
+TARGETS = TABLE.TARGETS
+WHERE = f"SGLang {INSTALLED} (supported: {', '.join(SUPPORTED_SGLANG)})"
 
 
 def parse(module: str) -> ast.Module:
@@ -93,29 +106,37 @@ def test_target_is_called_where_we_think(target):
     assert name in called_names(find(module, qualified)), f"{WHERE}: {target.caller} does not call {name}"
 
 
-def test_every_hook_exists_and_is_used():
-    sources = {
+@pytest.mark.parametrize("supported", SUPPORTED_SGLANG)
+def test_every_hook_exists(supported):
+    folder = folder_of(supported)
+    files = {
+        "flags": [PATCHES / "frontend.py"],
+        "frontend": [PATCHES / "frontend.py", folder / "hooks.py"],
+        "scheduler": [PATCHES / "scheduler.py", folder / "hooks.py"],
+    }
+    defined = {
         stage: {
             node.name
-            for node in ast.walk(ast.parse((PATCHES / f"{stage}.py").read_text()))
-            if isinstance(node, ast.FunctionDef)
+            for path in paths
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         }
-        for stage in ("frontend", "scheduler")
+        for stage, paths in files.items()
     }
-    for target in TARGETS:
-        assert target.hook in sources[target.stage], f"{target.hook} is not in {target.stage}.py"
-    assert len({target.path for target in TARGETS}) == len(TARGETS)
+    targets = load_table(folder / "targets.py").TARGETS
+    for target in targets:
+        assert target.hook in defined[target.stage], f"{target.hook} is in none of {files[target.stage]}"
+    assert len({target.path for target in targets}) == len(targets)
 
 
 def test_installed_sglang_is_a_supported_one():
-    assert version("sglang") in SUPPORTED_SGLANG, WHERE
+    assert INSTALLED in SUPPORTED_SGLANG, WHERE
 
 
-# What the package uses besides hooks: a public extension point or an attribute that must keep its name.
-USED = [
+# What all adapters use besides hooks: a public extension point or an attribute that must keep its name.
+USED = (
+    *TABLE.USED,
     ("sglang.srt.mem_cache.registry:register_radix_cache_backend", ("name", "factory")),
-    ("sglang.srt.mem_cache.registry:create_unified_radix_cache", ("ctx", "cache_class")),
-    ("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.checkpoint", ("self", "req", "up_to", "**kwargs")),
     ("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.reset", ("self",)),
     ("sglang.srt.mem_cache.common:evict_from_tree_cache", ("tree_cache", "num_tokens")),
     ("sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator.alloc", ("self", "need_size")),
@@ -123,12 +144,11 @@ USED = [
         "sglang.srt.mem_cache.allocator.base:BaseTokenToKVPoolAllocator.free_segment",
         ("self", "free_index", "start_pos"),
     ),
-    ("sglang.srt.model_executor.forward_context:forward_context", ("ctx", "forward_batch")),
     (
         "sglang.srt.models.llama:LlamaModel.forward",
         ("self", "input_ids", "positions", "forward_batch", "input_embeds", "pp_proxy_tensors"),
     ),
-]
+)
 
 
 @pytest.mark.parametrize(("path", "expected"), USED, ids=[path for path, _ in USED])
@@ -137,11 +157,9 @@ def test_used_function_has_the_expected_parameters(path, expected):
     assert parameters(function) == expected, f"{WHERE}: {path} takes {parameters(function)}"
 
 
-def test_decode_graphs_copy_positions_from_the_forward_batch_at_every_replay():
-    """The offset is added to a new ``ForwardBatch.positions``; a captured decode graph reads a buffer of its own."""
-    module = "sglang.srt.model_executor.runner.decode_cuda_graph_runner"
-    source = ast.unparse(find(module, "DecodeCudaGraphRunner._copy_replay_inputs"))
-    # Skipped only for the very tensor that the buffer was filled from: never for a new one.
-    guard = "if prefilled is None or forward_batch.positions is not prefilled[1]:"
-    copy = "self.buffers.positions[:self.raw_num_token].copy_(forward_batch.positions)"
-    assert guard in source and copy in source.split(guard)[1], f"{WHERE}: {module} fills its positions differently"
+@pytest.mark.parametrize(("path", "fragments"), TABLE.PINNED, ids=[path for path, _ in TABLE.PINNED])
+def test_pinned_code_is_still_there(path, fragments):
+    source = ast.unparse(find(*path.split(":")))
+    for fragment in fragments:
+        assert fragment in source, f"{WHERE}: {path} no longer has, in this order: {fragments}"
+        source = source.split(fragment, 1)[1]

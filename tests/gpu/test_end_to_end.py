@@ -10,7 +10,7 @@ import torch
 
 from tests.gpu.conftest import BACKENDS, DEVICE_FLAGS, DRY_RUN, PAGES, POOL_TOKENS
 from tests.reference.meta_soft_reference import Reference
-from tests.server.checks import assert_pool_is_whole, assert_sound_inside, inside_env, inside_lines, metasoft
+from tests.server.checks import SALT, assert_pool_is_whole, assert_sound_inside, inside_env, inside_lines, metasoft
 from tests.server.test_identity import outputs
 from tests.server.test_reference import compare_entries
 
@@ -78,7 +78,7 @@ def test_entries_equal_the_reference(served, model_dir, compressor_dir, long_ids
 
     ids = long_ids[300:][:REFERENCE_TOKENS]
     response = served.server.generate(
-        ids, 1 + 1, rid=f"reference{ratio}", custom_params={"metasoft_ratio": ratio}, cache_salt=f"reference{ratio}"
+        ids, 1 + 1, rid=f"reference{ratio}", custom_params={"metasoft_ratio": ratio}, **{SALT: f"reference{ratio}"}
     )
     assert metasoft(response)["kv_tokens"] == REFERENCE_TOKENS // ratio
     (trace,) = served.trace_dir.glob(f"reference{ratio}-*.safetensors")
@@ -138,7 +138,7 @@ def test_aborted_requests_leave_nothing(served, long_ids):
 def test_first_token_follows_the_reference(served, model_dir, compressor_dir, long_ids):
     """The next token after a repeat of a compressed prompt, against the independent implementation."""
     ids = long_ids[300:][:REFERENCE_TOKENS]
-    options = {"custom_params": {"metasoft_ratio": 8}, "cache_salt": "logprobs"}
+    options = {"custom_params": {"metasoft_ratio": 8}, SALT: "logprobs"}
     served.server.generate(ids, 2, **options)
     again = served.server.generate(ids, 2, return_logprob=True, top_logprobs_num=5, **options)
     assert metasoft(again)["reused_tokens"] == REFERENCE_TOKENS - WINDOW

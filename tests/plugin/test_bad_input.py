@@ -5,6 +5,7 @@ taken as it is meant or refused with a ValueError that names the culprit and wha
 """
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -234,16 +235,16 @@ def is_piece(name, text):
         return False
 
 
-def test_a_command_line_is_taken_or_refused():
-    search(lines, check_command_line, examples=400)
+def test_a_command_line_is_taken_or_refused(model_dir):
+    search(lines, functools.partial(check_command_line, model_dir), examples=400)
 
 
-def check_command_line(line):
+def check_command_line(model_dir, line):
     enabled, parts = line
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            record = prepare_server_args(["--model-path", "no-model", *arguments_of(line)])
+            record = prepare_server_args(["--model-path", str(model_dir), *arguments_of(line)])
     except SystemExit as stop:
         assert stop.code == 2
         return check_usage_error(parts, printed.getvalue())
@@ -302,11 +303,11 @@ keywords = st.builds(
 )  # fmt: skip
 
 
-def test_engine_keywords_are_taken_or_refused():
-    search(keywords, check_keywords)
+def test_engine_keywords_are_taken_or_refused(model_dir):
+    search(keywords, functools.partial(check_keywords, model_dir))
 
 
-def check_keywords(keywords):
+def check_keywords(model_dir, keywords):
     given = {key.removeprefix("metasoft_"): value for key, value in keywords.items()}
     enabled, config = given.pop("enable_metasoft"), given.pop("config", None)
     if isinstance(config, str):
@@ -315,7 +316,7 @@ def check_keywords(keywords):
         is_sound = config is None or is_config(config)
     is_sound = is_sound and type(enabled) is bool and is_config(given)
     try:
-        record = Engine.server_args_class(model_path="no-model", **keywords)
+        record = Engine.server_args_class(model_path=str(model_dir), **keywords)
     except ValueError as error:
         words = str(error)
         if not words.endswith(("given without --enable-metasoft", "given both as a flag and in --metasoft-config")):

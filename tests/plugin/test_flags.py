@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sglang.srt.plugins as plugins
+from metasoft_patches.adapters import load_adapter
 
 from sglang_metasoft import compat
 from sglang_metasoft.config import settings_of
@@ -102,9 +103,14 @@ def test_an_unknown_engine_keyword_lists_the_known_ones(model_dir):
         Engine.server_args_class(model_path=str(model_dir), enable_metasoft=True, metasoft_ration=8)
 
 
+def resolve(args):
+    """Settle what the flags left open; 0.5.17 does that when the record is made."""
+    getattr(args, "resolve_once", lambda: None)()
+    return args
+
+
 def check(args) -> None:
-    args.resolve_once()
-    args.check_server_args()
+    resolve(args).check_server_args()
 
 
 def test_a_plain_server_with_the_flag_passes_the_checks(parse):
@@ -133,11 +139,7 @@ class PlainArgs:
     """Resolved arguments of a server with nothing special, and a model of the supported kind."""
 
     def __init__(self, parse):
-        from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
-
-        args = parse("--enable-metasoft")
-        args.resolve_once()
-        self.args, self.model = resolving_view(args), model_config_of(args)
+        self.args, self.model = load_adapter().settings(resolve(parse("--enable-metasoft")))
 
 
 class Changed:
@@ -187,7 +189,7 @@ def test_the_rust_server_is_refused(parse, monkeypatch):
 
 def test_another_sglang_version_is_refused_by_name(parse, monkeypatch):
     monkeypatch.setattr(compat, "version", lambda name: "0.6.0")
-    with pytest.raises(ValueError, match="SGLang 0.6.0 is not supported; supported: 0.5.23"):
+    with pytest.raises(ValueError, match="SGLang 0.6.0 is not supported; supported: 0.5.23, 0.5.17"):
         parse("--enable-metasoft")
 
 

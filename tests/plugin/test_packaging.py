@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from sglang_metasoft.compat import SUPPORTED_SGLANG
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("sglang_metasoft", "metasoft_kernels", "metasoft_patches")
@@ -30,7 +34,10 @@ def test_the_wheel_registers_both_entry_points(installed):
     assert found["sglang.srt.plugins"] == ("metasoft", "metasoft_patches:register")
     assert found["sglang.srt.platforms"] == ("metasoft_cpu", "metasoft_patches.cpu_platform:activate")
     assert found["console_scripts"] == ("sglang-metasoft", "sglang_metasoft.cli:main")
-    assert "sglang==0.5.23" in distribution.requires
+    (sglang,) = (need for need in map(Requirement, distribution.requires) if need.name == "sglang")
+    others = [f"0.{minor}.{patch}" for minor in (4, 5, 6) for patch in range(40)]
+    accepted = {version for version in (*others, *SUPPORTED_SGLANG) if version in sglang.specifier}
+    assert accepted == set(SUPPORTED_SGLANG) and max(accepted, key=Version) == SUPPORTED_SGLANG[0]
     assert distribution.metadata["License-Expression"] == "Apache-2.0"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 # SGLang checks its own books after every batch and whenever idle, and dies if they do not add up.
@@ -10,6 +11,9 @@ STRICT_CHECKS = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
 }
+
+# The field of ``/generate`` that keeps tenants apart, beside ``extra_key``; 0.5.17 has that one alone.
+SALT = "extra_key" if version("sglang") == "0.5.17" else "cache_salt"
 
 INSIDE = Path(__file__).with_name("inside")
 

@@ -6,6 +6,7 @@ import pytest
 import requests
 
 from tests.server.checks import (
+    SALT,
     STRICT_CHECKS,
     assert_pool_is_whole,
     assert_sound_inside,
@@ -51,7 +52,7 @@ def test_each_stage_may_fail(faulty_server, document_ids, stage):
     """Served as by plain SGLang, and said so; the next one like it is compressed."""
     start = 150 * list(STAGES).index(stage)
     ids = document_ids[start : start + 1000]
-    plain = faulty_server.generate(ids, 12, custom_params={"metasoft_ratio": 1}, cache_salt="plain")
+    plain = faulty_server.generate(ids, 12, custom_params={"metasoft_ratio": 1}, **{SALT: "plain"})
     response = faulty_server.generate(ids, 12, rid=f"inside-{stage}")
     assert metasoft(response) == {"span_tokens": 0, "kv_tokens": 1000, "reused_tokens": 0, "bypass": STAGES[stage]}
     assert response["output_ids"] == plain["output_ids"] and response["meta_info"]["prompt_tokens"] == 1000

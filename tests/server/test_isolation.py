@@ -6,7 +6,7 @@ import pytest
 import requests
 
 from sglang_metasoft.chains import FIRST_VIRTUAL_ID, make_virtual_ids
-from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
+from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft
 
 pytestmark = pytest.mark.server
 
@@ -19,12 +19,12 @@ def server(start_server):
     return start_server(*flags, env=STRICT_CHECKS)
 
 
-@pytest.mark.parametrize("victim", [{"cache_salt": "victim"}, {"extra_key": "victim"}], ids=["cache_salt", "extra_key"])
-def test_the_same_prompt_under_other_keys_finds_nothing(server, document_ids, victim):
-    ids = document_ids[:1000] if "cache_salt" in victim else document_ids[10:1010]
+@pytest.mark.parametrize(("key", "start"), [(SALT, 0), ("extra_key", 10)], ids=["salt", "extra_key"])
+def test_the_same_prompt_under_other_keys_finds_nothing(server, document_ids, key, start):
+    ids, victim = document_ids[start : start + 1000], {key: "victim"}
     server.generate(ids, **victim)
     assert metasoft(server.generate(ids, **victim))["reused_tokens"] == 1000 - WINDOW
-    for other in ({"cache_salt": "attacker"}, {"extra_key": "attacker"}, {"cache_salt": "Victim"}):
+    for other in ({SALT: "attacker"}, {"extra_key": "intruder"}, {SALT: "Victim"}):
         response = server.generate(ids, **other)
         assert (metasoft(response)["reused_tokens"], response["meta_info"]["cached_tokens"]) == (0, 0)
 
@@ -33,8 +33,8 @@ def test_where_another_tenants_prompts_branch_is_not_told(server, document_ids):
     """The end of a segment would show how much of a prompt somebody else has sent before."""
     document = document_ids[20:1520]
     for number in range(2):
-        server.generate(document + document_ids[3000 + 100 * number :][:100], cache_salt="victim")
-    response = server.generate(document + document_ids[3300:3400], cache_salt="attacker")
+        server.generate(document + document_ids[3000 + 100 * number :][:100], **{SALT: "victim"})
+    response = server.generate(document + document_ids[3300:3400], **{SALT: "attacker"})
     assert metasoft(response)["span_tokens"] == 1600 - WINDOW
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until_idle
+from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until_idle
 
 pytestmark = pytest.mark.server
 
@@ -71,7 +71,7 @@ def test_two_questions_share_the_raw_document(server, document_ids):
 
 @pytest.mark.parametrize(
     "other",
-    [{"extra_key": "b"}, {"cache_salt": "pepper"}, {"custom_params": {"metasoft_ratio": 2}}],
+    [{"extra_key": "b"}, {SALT: "pepper"}, {"custom_params": {"metasoft_ratio": 2}}],
     ids=lambda other: next(iter(other)),
 )
 def test_nothing_is_shared_across(server, document_ids, other):

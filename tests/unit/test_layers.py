@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MAY_IMPORT_SGLANG = {"commit.py", "radix.py"}
+MAY_IMPORT_SGLANG = {"commit.py"}
 PROJECT = {"sglang_metasoft", "metasoft_kernels", "metasoft_patches"}
 
 
@@ -44,8 +44,18 @@ def test_types_and_config_import_no_project_code():
 
 
 def test_targets_and_chains_need_neither_torch_nor_sglang():
-    for path in ("patches/metasoft_patches/targets.py", "sglang_metasoft/chains.py"):
-        assert not {module.split(".")[0] for module in imports(ROOT / path)} & {"torch", "sglang"}
+    tables = ROOT.joinpath("patches/metasoft_patches").rglob("targets.py")
+    for path in (*tables, ROOT / "sglang_metasoft/chains.py"):
+        assert not {module.split(".")[0] for module in imports(path)} & {"torch", "sglang"}
+
+
+@pytest.mark.parametrize("path", files("patches"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_a_versions_own_modules_name_it(path):
+    """Everything outside ``sglang_<version>/`` is the same code for all versions."""
+    own = path.parent.name if path.parent.name.startswith("sglang_") else None
+    for module in imports(path):
+        folders = {part for part in module.split(".") if part.startswith("sglang_0")}
+        assert folders <= {own}, f"{path} imports {module}"
 
 
 def test_no_module_is_long():

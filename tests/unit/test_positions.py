@@ -17,7 +17,7 @@ def shift(positions: torch.Tensor, offsets: list[int | None], extend_lens: list[
     mode = SimpleNamespace(is_decode=lambda: extend_lens is None)
     batch = SimpleNamespace(reqs=reqs, forward_mode=mode, extend_lens=extend_lens)
     forward_batch = SimpleNamespace(positions=positions)
-    SchedulerHooks(MetaSoftConfig()).shift_positions(forward_batch, None, batch, None)
+    SchedulerHooks(MetaSoftConfig(), adapter=None).shift_positions(forward_batch, None, batch, None)
     return forward_batch.positions
 
 

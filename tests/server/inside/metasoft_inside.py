@@ -94,20 +94,20 @@ class Faults:
         # Requests reserve one after the other; a named one's turn is not known, so all of its batch fail.
         return None if self._strikes("reserve") else original(committer, num_slots)
 
-    def run_probe(self, original, runner, backend, rows):
+    def run_probe(self, original, runner, backend, rows, adapter):
         jobs, layers = len(backend.jobs), runner.model_config.num_hidden_layers
         self.calls = dict.fromkeys(STAGES, 0)
         self.aims = {}
         for stage in ("nan", "layer", "write"):
             job = self.random.randrange(jobs) if self.random.random() < self.rates[stage] else None
             for req in self._named(stage):
-                if req.kv.req_pool_idx in rows.tolist():
-                    job = rows.tolist().index(req.kv.req_pool_idx)
+                if (row := adapter.row_index(req)) in rows.tolist():
+                    job = rows.tolist().index(row)
             if job is not None:
                 self.aims[stage] = self.random.randrange(layers) * jobs + job
         if self._strikes("probe"):
             raise InjectedFault("the probe")
-        return original(runner, backend, rows)
+        return original(runner, backend, rows, adapter)
 
     def compress_layer(self, original, job, q, k_new, v_new, pool, method, *args):
         if self._is_aimed("layer"):
@@ -230,7 +230,7 @@ def pool_problems(scheduler):
         if not torch.equal(offsets, torch.arange(page).expand_as(offsets)):
             yield "the tree holds a torn page"
         in_tree = in_tree.view(-1, page)[:, 0] // page
-    pages = torch.cat([in_tree, allocator.get_all_free_pages().cpu()]).sort().values
+    pages = torch.cat([in_tree, free_pages(allocator).cpu()]).sort().values
     if not torch.equal(pages, torch.arange(1, total // page + 1)):
         twice = pages[1:][pages[1:] == pages[:-1]].unique().tolist()
         yield f"free and cached pages are not each page once; twice: {twice[:10]}, {len(pages)} of {total // page}"
@@ -242,12 +242,8 @@ def live_slots(scheduler, namespace: tuple, chain) -> torch.Tensor | None:
     Raises:
         AssertionError: the tree holds something that eviction of whole nodes cannot have left.
     """
-    from sglang.srt.mem_cache.radix_cache import RadixKey
-
     tree = scheduler.tree_cache
-    extra_key, cache_salt = tenant_of(namespace)
-    key = RadixKey(chain.virtual_ids, extra_key, cache_salt=cache_salt)
-    matched, node, node_end = tree.tree_core.match_full_device_prefix(key)
+    matched, node_end, collect = match(tree, chain.virtual_ids, *tenant_of(namespace))
     assert matched <= chain.slots, f"{matched} slots matched of a chain of {chain.slots}"
     if matched < chain.slots:
         is_segment_end = matched > 0 and chain.virtual_ids[matched - 1] in Seen.segment_ends
@@ -255,11 +251,41 @@ def live_slots(scheduler, namespace: tuple, chain) -> torch.Tensor | None:
             f"a chain of {chain.slots} slots differs from the tree within a segment, at {matched} of {node_end}"
         )
         return None
-    slots = tree.tree_core.collect_full_device_indices(node, tree.root_node_handle())
+    slots = collect()
     assert len(slots) == node_end, f"the path to a chain of {chain.slots} slots holds {len(slots)}, not {node_end}"
     slots = slots[:matched]
     assert len(slots.unique()) == matched, f"a chain of {chain.slots} slots holds a slot twice"
     return slots
+
+
+def match(tree, ids, extra_key, cache_salt):
+    """Match ids without touching the tree.
+
+    Returns:
+        The length matched, that of the path to the last node it reached into, and a function for that path's slots.
+    """
+    from sglang.srt.mem_cache.radix_cache import RadixKey
+
+    core = tree.tree_core
+    if hasattr(core, "match_full_device_prefix"):
+        key = RadixKey(ids, extra_key, cache_salt=cache_salt)
+        matched, node, node_end = core.match_full_device_prefix(key)
+        return matched, node_end, lambda: core.collect_full_device_indices(node, tree.root_node_handle())
+    # SGLang 0.5.17: a tree of Python objects.
+    key, node, matched, node_end = RadixKey(ids, extra_key), core.root_node, 0, 0
+    while len(key) and (child := node.children.get(key.child_key(tree.page_size))) is not None:
+        common = child.key.match(key, page_size=tree.page_size)
+        node, matched, node_end, key = child, matched + common, node_end + len(child.key), key[common:]
+        if common < len(child.key):
+            break
+    return matched, node_end, lambda: core.collect_full_device_indices(node.id, core.root_node.id)
+
+
+def free_pages(allocator) -> torch.Tensor:
+    """All free pages; 0.5.17 keeps some of them apart."""
+    if hasattr(allocator, "get_all_free_pages"):
+        return allocator.get_all_free_pages()
+    return torch.cat([allocator.free_pages, allocator.release_pages])
 
 
 def tenant_of(namespace: tuple) -> tuple:

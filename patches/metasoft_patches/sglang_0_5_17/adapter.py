@@ -1,0 +1,100 @@
+"""What SGLang 0.5.17 calls things; see :class:`sglang_metasoft.adapter.Adapter`."""
+
+import torch
+from sglang.srt.arg_groups.overrides import resolved_view
+from sglang.srt.managers.schedule_batch import retract_all
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+from metasoft_patches.sglang_0_5_17 import hooks
+from metasoft_patches.sglang_0_5_17.radix import RadixCache
+from metasoft_patches.sglang_0_5_17.targets import TARGETS
+from sglang_metasoft.adapter import Adapter
+
+# Settings that later versions have: off.
+LATER_SETTINGS = {
+    "attn_dp_size": None,
+    "enable_kv_cache_sharding": False,
+    "enable_unified_cache_external_linker": False,
+}
+
+
+class SGLangAdapter(Adapter):
+    version = "0.5.17"
+    targets = TARGETS
+    hooks = hooks
+    cache_class = RadixCache
+
+    def settings(self, server_args):
+        return Settings(resolved_view(server_args)), server_args.get_model_config()
+
+    def build_cache(self, context, cache_class):
+        context.params.tree_components = (ComponentType.FULL,)
+        return cache_class(context.params)
+
+    def prefix_len(self, req):
+        return len(req.prefix_indices)
+
+    def extend_end(self, req):
+        return req.extend_range.end
+
+    def protected_len(self, req):
+        return req.cache_protected_len
+
+    def holds_kv(self, req):
+        return req.kv is not None
+
+    def row_index(self, req):
+        return req.req_pool_idx
+
+    def refresh_ids(self, req):
+        req._refresh_fill_ids()
+
+    def finishes_next(self, req):
+        return len(req.output_ids) + 1 >= req.sampling_params.max_new_tokens
+
+    def tenant(self, req):
+        return (req.extra_key, None)  # SGLang makes a client's cache_salt part of extra_key
+
+    def is_beam_search(self, req):
+        return False  # this version has none
+
+    def is_watermarked(self, req):
+        return False  # this version has none
+
+    def move_row(self, req, *, end, protected_len):
+        req.set_extend_range(end, end)
+        req.already_computed = end
+        req.kv.kv_allocated_len = end
+        req.kv_committed_len = end
+        req.cache_protected_len = protected_len
+
+    def set_prefix(self, req, row, end):
+        req.prefix_indices = row[:end].to(torch.int64, copy=True)
+
+    def retract(self, scheduler, req):
+        retract_all(
+            reqs=[req],
+            server_args=scheduler.server_args,
+            req_to_token_pool=scheduler.req_to_token_pool,
+            token_to_kv_pool_allocator=scheduler.token_to_kv_pool_allocator,
+            tree_cache=scheduler.tree_cache,
+            hisparse_coordinator=scheduler.hisparse_coordinator,
+        )
+
+    def write_location(self, slots):
+        return KVWriteLoc(slots)
+
+    def forward_scope(self, model, backend, forward_batch):
+        return forward_context(ForwardContext(attn_backend=backend))
+
+
+class Settings:
+    """Server arguments, with those of later versions at their value for off."""
+
+    def __init__(self, resolved) -> None:
+        self._resolved = resolved
+
+    def __getattr__(self, name: str):
+        return LATER_SETTINGS[name] if name in LATER_SETTINGS else getattr(self._resolved, name)

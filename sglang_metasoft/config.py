@@ -13,8 +13,8 @@ from typing import Any
 
 METHODS = {  # loaded lazily by sglang_metasoft.score.load_method
     "metasoft": "sglang_metasoft.score.metasoft:MetaSoft",
-    "snapkv": "sglang_metasoft.score.snapkv:SnapKV",
     "judge_q": "sglang_metasoft.score.judge_q:JudgeQ",
+    "snapkv": "sglang_metasoft.score.snapkv:SnapKV",
     "h2o": "sglang_metasoft.score.h2o:H2O",
     "streaming_llm": "sglang_metasoft.score.streaming_llm:StreamingLLM",
     "chunkkv": "sglang_metasoft.score.chunkkv:ChunkKV",

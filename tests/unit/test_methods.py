@@ -93,8 +93,9 @@ def test_a_method_without_a_probe_chooses_the_same_without_one(name, consolidati
     assert torch.equal(with_probe.kept, without.kept) and torch.equal(merged.value, merged_without.value)
 
 
-def test_probabilities_are_causal_softmax_over_everything_seen():
+def test_probabilities_are_causal_softmax_over_everything_seen(monkeypatch):
     """The last tokens once more: against one dense causal softmax, in which the entries of the rerun are theirs."""
+    monkeypatch.setattr("metasoft_kernels.probe.naive.BLOCK_TOKENS", 32)
     rerun = 90
     pool, (q, _, _) = make_pool(), make_tensors(rerun)
     seen = SPAN + TAIL - rerun

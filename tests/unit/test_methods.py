@@ -184,6 +184,31 @@ def test_nestedkv_ranks_a_key_that_stands_out_at_every_scale_first():
     assert importance.min() >= 0 and importance.max() <= 1
 
 
+def test_nestedkv_is_the_formula():
+    method, view = make_method("nestedkv"), make_view(0)
+    importance = method.score_layer(view).importance
+    for group in range(GROUPS):
+        keys = view.pool.key[:SPAN, group]
+        unit = keys / keys.norm(dim=1, keepdim=True)
+        scales = []
+        for members in (
+            lambda i: range(SPAN),
+            lambda i: range(i // 128 * 128, min(i // 128 * 128 + 128, SPAN)),
+            lambda i: range(max(0, i - 63), i + 1),
+        ):
+            means = torch.stack([unit[list(members(i))].mean(0) for i in range(SPAN)])
+            anomaly = -torch.cosine_similarity(unit, means, dim=1)
+            scales.append((anomaly - anomaly.min()) / (anomaly.max() - anomaly.min()))
+        gaps = [scale.sort().values[-20:].mean() - scale.sort().values[:20].mean() for scale in scales]
+        weights = [p * math.exp(3 * gap) for p, gap in zip((0.4, 0.4, 0.2), gaps, strict=True)]
+        mixed = sum(w * scale for w, scale in zip(weights, scales, strict=True)) / sum(weights)
+        spread = torch.stack(scales).std(0, correction=0)
+        spread = (spread - spread.min()) / (spread.max() - spread.min())
+        gate = 1 / (1 + (-10 * (spread - spread.mean() - 0.6)).exp())
+        expected = (1 - gate) * mixed + gate * torch.stack(scales).max(0).values
+        torch.testing.assert_close(importance[group], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_nestedkv_is_blind_to_the_length_of_keys():
     method, view = make_method("nestedkv"), make_view(0)
     longer = view._replace(pool=view.pool._replace(key=view.pool.key * 3))

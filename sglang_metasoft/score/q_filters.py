@@ -25,16 +25,17 @@ class QFilters(Method):
     def prepare(self, model: ServedModel) -> None:
         text = files("sglang_metasoft.demo").joinpath("document.txt").read_text(encoding="utf-8")
         ids = torch.tensor(model.encode(text)[:CALIBRATION_TOKENS], device=self.device)
-        self.filters = [self._filters(queries) for queries in model.queries(ids)]
-
-    def _filters(self, queries: torch.Tensor) -> torch.Tensor:
-        """``[n, H, d]`` queries of one layer to ``[G, d]``."""
-        u, _, vh = torch.linalg.svd(queries.float().permute(1, 0, 2), full_matrices=False)
-        majority = (u[..., 0] > 0).float().mean(-1, keepdim=True)
-        main = torch.where(majority > 0.5, vh[:, 0], -vh[:, 0])  # [H, d]
-        return main.unflatten(0, (-1, self.shape.num_heads // self.shape.num_kv_heads)).mean(1)
+        self.filters = [main_directions(queries.float()) for queries in model.queries(ids)]
 
     def score_layer(self, view: LayerView) -> Scores:
-        keys = view.pool.key[view.job.span_slots].float()
-        projection = (keys * self.filters[view.layer]).sum(-1).t()
+        keys = view.pool.key[view.job.span_slots].float()  # [S, G, d]
+        filters = self.filters[view.layer].unflatten(0, (keys.shape[1], -1)).mean(1)
+        projection = (keys * filters).sum(-1).t()
         return Scores(projection, torch.full_like(projection, 1 / projection.shape[1]))
+
+
+def main_directions(queries: torch.Tensor) -> torch.Tensor:
+    """``[n, H, d]`` float32 queries of one layer to ``[H, d]`` unit vectors that most of them point along."""
+    u, _, vh = torch.linalg.svd(queries.permute(1, 0, 2), full_matrices=False)
+    majority = (u[..., 0] > 0).float().mean(-1, keepdim=True)
+    return torch.where(majority > 0.5, vh[:, 0], -vh[:, 0])

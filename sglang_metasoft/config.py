@@ -13,9 +13,23 @@ from typing import Any
 
 METHODS = {  # loaded lazily by sglang_metasoft.score.load_method
     "metasoft": "sglang_metasoft.score.metasoft:MetaSoft",
+    "judge_q": "sglang_metasoft.score.judge_q:JudgeQ",
     "snapkv": "sglang_metasoft.score.snapkv:SnapKV",
+    "h2o": "sglang_metasoft.score.h2o:H2O",
+    "streaming_llm": "sglang_metasoft.score.streaming_llm:StreamingLLM",
+    "chunkkv": "sglang_metasoft.score.chunkkv:ChunkKV",
+    "q_filters": "sglang_metasoft.score.q_filters:QFilters",
+    "kvcompose": "sglang_metasoft.score.kvcompose:KVCompose",
+    "nestedkv": "sglang_metasoft.score.nestedkv:NestedKV",
+    "expected_attention": "sglang_metasoft.score.expected_attention:ExpectedAttention",
 }
-CONSOLIDATIONS = ("none", "attention_flow")
+CONSOLIDATIONS = {  # loaded lazily by sglang_metasoft.merge.load_consolidation
+    "none": None,
+    "attention_flow": "metasoft_kernels.merge:attention_flow",
+    "zeromerge": "metasoft_kernels.merge.zeromerge:zeromerge",
+    "tome": "metasoft_kernels.merge.tome:tome",
+    "least_squares": "metasoft_kernels.merge.least_squares:least_squares",
+}
 NO_COMPRESSION = 1
 NUMBER_LIMIT = 2**63  # what a request carries must fit SGLang's messages between processes
 SHOWN_CHARS = 200
@@ -125,7 +139,7 @@ class MetaSoftConfig:
         None,
         flag=None,
         allowed=f"one of: {', '.join(CONSOLIDATIONS)}",
-        check=_or_none(lambda value: value in CONSOLIDATIONS),
+        check=_or_none(lambda value: isinstance(value, str) and value in CONSOLIDATIONS),
         help="What happens to the values of dropped entries. Default: the method's own.",
     )
     soft_tokens: int = _setting(
@@ -148,6 +162,13 @@ class MetaSoftConfig:
         allowed="an odd integer from 1 to 63",
         check=lambda value: _is_int_from(1)(value) and value % 2 == 1 and value <= 63,
         help="Width of SnapKV's average pooling over neighbouring entries.",
+    )
+    observed_tokens: int = _setting(
+        1024,
+        flag=None,
+        allowed="an integer from 1 to 65536",
+        check=lambda value: _is_int_from(1)(value) and value <= 65536,
+        help="Last prompt tokens that h2o, kvcompose and expected_attention run through the model once more.",
     )
     index_tokens: int = _setting(
         16_777_216,

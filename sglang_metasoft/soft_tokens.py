@@ -129,7 +129,7 @@ class SoftTokens(nn.Module):
             q, r = torch.linalg.qr(table.t())
             module.library.copy_((q * r.diagonal().sign()).t())
             module.norm.fill_(table.norm(dim=-1).mean())
-            module.embedding_check.copy_(_check_rows(shape, embed, device))
+            module.embedding_check.copy_(check_rows(shape, embed, device))
         return module.seal(device)
 
     def save(self, folder: Path, shape: ModelShape) -> None:
@@ -154,20 +154,14 @@ class SoftTokens(nn.Module):
         with torch.device("meta"):  # sizes cost no memory until the weights are known to have them
             module = cls(**config["sizes"])
         try:
-            module.load_state_dict(_read_weights(folder / WEIGHTS_NAME, module.state_dict()), assign=True)
+            module.load_state_dict(read_weights(folder / WEIGHTS_NAME, module.state_dict()), assign=True)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"metasoft path: {path!r}: {WEIGHTS_NAME} cannot be read: {error}") from None
-        found = _check_rows(shape, embed, device)
-        cosine = nn.functional.cosine_similarity(found, module.embedding_check.float(), dim=-1).min().item()
-        if not cosine >= CHECK_COSINE:
-            raise ValueError(
-                f"metasoft path: {path!r} was trained for {shown(config['model']['name'])}, whose embedding table is "
-                f"not that of the served model {shape.name!r} (smallest cosine of compared rows {cosine:.3f})"
-            )
+        check_embedding(path, config, module.embedding_check, shape, embed, device)
         return module.seal(device)
 
 
-def _read_weights(file: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def read_weights(file: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of ``file`` as float32 copies; missing and unexpected names are left to ``load_state_dict``.
 
     Raises:
@@ -185,10 +179,22 @@ def _read_weights(file: Path, expected: dict[str, torch.Tensor]) -> dict[str, to
     return weights
 
 
-def _check_rows(shape: ModelShape, embed: Embed, device: torch.device) -> torch.Tensor:
+def check_rows(shape: ModelShape, embed: Embed, device: torch.device) -> torch.Tensor:
     """``[CHECK_ROWS, D]`` float32 on the CPU: evenly spaced rows of the embedding table."""
     ids = torch.arange(CHECK_ROWS) * (shape.vocab_size // CHECK_ROWS)
     return embed(ids.to(device)).float().cpu()
+
+
+def check_embedding(
+    path: str, config: dict, rows: torch.Tensor, shape: ModelShape, embed: Embed, device: torch.device
+) -> None:
+    """Raise ValueError unless ``rows``, ``[CHECK_ROWS, D]``, are those of the served model's embedding table."""
+    cosine = nn.functional.cosine_similarity(check_rows(shape, embed, device), rows.float(), dim=-1).min().item()
+    if not cosine >= CHECK_COSINE:
+        raise ValueError(
+            f"metasoft path: {path!r} was trained for {shown(config['model']['name'])}, whose embedding table is "
+            f"not that of the served model {shape.name!r} (smallest cosine of compared rows {cosine:.3f})"
+        )
 
 
 def resolve_folder(path: str) -> Path:
@@ -209,11 +215,14 @@ def resolve_folder(path: str) -> Path:
         ) from None
 
 
-def check_compressor(path: str, shape: ModelShape, folder: Path | None = None) -> dict:
+def check_compressor(path: str, shape: ModelShape, folder: Path | None = None, method: str = "metasoft") -> dict:
     """Read a compressor's configuration and check it against the served model, without loading weights.
 
+    Args:
+        method: what it has to be trained for; a configuration that names none is of ``metasoft``.
+
     Raises:
-        ValueError: missing or damaged files, or a compressor for another model, size or head layout.
+        ValueError: missing or damaged files, or a compressor for another method, model, size or head layout.
     """
     folder = folder or resolve_folder(path)
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
@@ -236,11 +245,17 @@ def check_compressor(path: str, shape: ModelShape, folder: Path | None = None) -
             if field != "name" and trained_for[field] != value
         }
         wrong |= {field: (sizes[field], value) for field, value in expected.items() if sizes[field] != value}
-        _check_sizes(sizes)
+        found_method = config.get("method", "metasoft")
+        if found_method == method:
+            _check_sizes(sizes, SIZES[method])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"metasoft path: {path!r}: {CONFIG_NAME} is no compressor configuration: {error!r}") from None
     if found_format != FORMAT:
         raise ValueError(f"metasoft path: {path!r} has format {shown(found_format)}; allowed: {FORMAT!r}")
+    if found_method != method:
+        raise ValueError(
+            f"metasoft path: {path!r} is trained for method {shown(found_method)}; the server's is {method!r}"
+        )
     if wrong:
         details = ", ".join(f"{field} {shown(a)} there, {b} here" for field, (a, b) in wrong.items())
         raise ValueError(
@@ -250,9 +265,14 @@ def check_compressor(path: str, shape: ModelShape, folder: Path | None = None) -
     return config
 
 
-def _check_sizes(sizes: dict) -> None:
-    """Raise ValueError unless ``sizes`` has what :class:`SoftTokens` takes, and sound values."""
-    names = list(inspect.signature(SoftTokens).parameters)
+SIZES = {
+    "metasoft": list(inspect.signature(SoftTokens).parameters),
+    "judge_q": ["hidden_size", "count", "num_layers", "num_kv_heads"],
+}
+
+
+def _check_sizes(sizes: dict, names: list[str]) -> None:
+    """Raise ValueError unless ``sizes`` has these names, and sound values."""
     if sorted(sizes) != sorted(names):
         raise ValueError(f"sizes has the keys {shown(sorted(sizes))}; allowed: {names}")
     for name, value in sizes.items():

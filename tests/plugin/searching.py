@@ -11,7 +11,7 @@ SEARCH = settings(derandomize=True, deadline=None, database=None, phases=PHASES)
 
 NO_NUMBERS = [None, True, False, math.nan, math.inf, -math.inf, [], [1], {}, {"a": 1}]
 EDGES = [0, 1, -1, 1.0, 0.999, 4, 63, 64, 65, 1024, 1025, 2**63 - 1, 2**63, 2**64, 10**400, -(10**400), 1e300]
-WORDS = ["", "4", "nan", "true", "null", "metasoft", "snapkv", "SnapKV", "none", "attention_flow"]
+WORDS = ["", "4", "nan", "true", "null", "metasoft", "snapkv", "SnapKV", "none", "attention_flow", "h2o", "tome"]
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(EDGES), st.sampled_from(WORDS),
     st.text(max_size=20),

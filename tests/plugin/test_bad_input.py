@@ -32,20 +32,27 @@ def is_name(value):
     return type(value) is str and value != ""
 
 
+KNOWN_METHODS = [
+    "metasoft", "judge_q", "snapkv", "h2o", "streaming_llm", "chunkkv", "q_filters", "kvcompose", "nestedkv",
+    "expected_attention",
+]  # fmt: skip
+KNOWN_CONSOLIDATIONS = ["none", "attention_flow", "zeromerge", "tome", "least_squares"]
+
 VALID = {
     "ratio": lambda value: type(value) in (int, float) and 1 <= value < 2**63,
     "budget": lambda value: value is None or is_int(value, 1, 2**63 - 1),
     "min_tokens": lambda value: is_int(value, 1),
     "window": lambda value: is_int(value, 1),
     "sink": lambda value: is_int(value, 0),
-    "method": lambda value: value in ("metasoft", "snapkv"),
+    "method": lambda value: value in KNOWN_METHODS,
     "path": lambda value: value is None or is_name(value),
     "keep_raw": lambda value: type(value) is bool,
     "during_prefill": lambda value: type(value) is bool,
-    "consolidation": lambda value: value in (None, "none", "attention_flow"),
+    "consolidation": lambda value: value in (None, *KNOWN_CONSOLIDATIONS),
     "soft_tokens": lambda value: is_int(value, 1, 1024),
     "route_targets": lambda value: is_int(value, 1, 64),
     "pool_kernel": lambda value: is_int(value, 1, 63) and value % 2 == 1,
+    "observed_tokens": lambda value: is_int(value, 1, 65536),
     "index_tokens": lambda value: is_int(value, 1),
     "trace_dir": lambda value: value is None or is_name(value),
 }
@@ -53,7 +60,7 @@ VALID = {
 SOUND = {
     "ratio": 2.5, "budget": 300, "min_tokens": 1, "window": 8, "sink": 0, "method": "snapkv", "path": "somewhere",
     "keep_raw": False, "during_prefill": True, "consolidation": "none", "soft_tokens": 1024, "route_targets": 64,
-    "pool_kernel": 63, "index_tokens": 2**70, "trace_dir": "/tmp",
+    "pool_kernel": 63, "observed_tokens": 65536, "index_tokens": 2**70, "trace_dir": "/tmp",
 }  # fmt: skip
 
 # -- what to try -----------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_the_configuration_reaches_other_processes(parse):
         (["--metasoft-min-tokens", "0"], "0 is not allowed"),
         (["--metasoft-window", "-3"], "-3 is not allowed"),
         (["--metasoft-sink", "-1"], "-1 is not allowed"),
-        (["--metasoft-method", "magic"], "'magic' is not allowed; allowed: one of: metasoft, snapkv"),
+        (["--metasoft-method", "magic"], "'magic' is not allowed; allowed: one of: metasoft, judge_q, snapkv, "),
         (["--metasoft-config", "{"], "not JSON"),
         (["--metasoft-config", '{"ration": 1}'], "unknown key 'ration'"),
     ],
@@ -131,6 +131,23 @@ def test_a_plain_server_with_the_flag_passes_the_checks(parse):
 )
 def test_a_feature_that_cannot_work_together_is_refused(parse, flags, feature):
     with pytest.raises(ValueError, match=f"--enable-metasoft cannot run with {feature}") as error:
+        check(parse("--enable-metasoft", *flags))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--metasoft-method", "judge_q"], "judge_q has nothing untrained to fall back on; give --metasoft-path"),
+        (["--metasoft-method", "h2o", "--metasoft-path", "there"], "'there' is given, but method h2o is not trained"),
+        (
+            ["--metasoft-method", "kvcompose", "--tp-size", "3"],
+            "kvcompose compares heads .* allowed: --tp-size 1, not 3",
+        ),
+    ],
+)
+def test_a_method_refuses_settings_that_it_cannot_have(parse, flags, words):
+    with pytest.raises(ValueError, match=words) as error:
         check(parse("--enable-metasoft", *flags))
     assert "\n" not in str(error.value)
 

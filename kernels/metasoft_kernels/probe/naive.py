@@ -1,6 +1,8 @@
-"""Probe attention in fp32 torch."""
+"""Probe attention in fp32 torch, a block of probe tokens at a time."""
 
 import torch
+
+BLOCK_TOKENS = 256
 
 
 def attend(
@@ -32,9 +34,13 @@ def attend(
     queries = q.float().view(t, groups, heads // groups, d).permute(1, 2, 0, 3) * scale  # [G, r, t, d]
     keys = torch.cat([k_buffer[slots].float() * k_scale, k_new.float()])  # [C + t, G, d]
     values = torch.cat([v_buffer[slots].float() * v_scale, v_new.float()])
-    logits = queries @ keys.permute(1, 2, 0).unsqueeze(1)  # [G, r, t, C + t]
+    keys, values = keys.permute(1, 2, 0).unsqueeze(1), values.permute(1, 0, 2).unsqueeze(1)
     future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
-    logits[..., slots.numel() :].masked_fill_(future, float("-inf"))
-    lse = logits.logsumexp(-1)  # [G, r, t]
-    out = (logits - lse.unsqueeze(-1)).exp() @ values.permute(1, 0, 2).unsqueeze(1)  # [G, r, t, d]
+    outs, sums = [], []
+    for block, hidden in zip(queries.split(BLOCK_TOKENS, dim=2), future.split(BLOCK_TOKENS), strict=True):
+        logits = block @ keys  # [G, r, rows, C + t]
+        logits[..., slots.numel() :].masked_fill_(hidden, float("-inf"))
+        sums.append(logits.logsumexp(-1))
+        outs.append((logits - sums[-1].unsqueeze(-1)).exp() @ values)
+    out, lse = torch.cat(outs, dim=2), torch.cat(sums, dim=2)
     return out.permute(2, 0, 1, 3).reshape(t, heads, d).to(q.dtype), lse.permute(2, 0, 1).reshape(t, heads)

@@ -1,0 +1,74 @@
+"""Expected Attention (arXiv 2510.00636, section 3): the attention that future queries can be expected to pay."""
+
+import torch
+
+from sglang_metasoft.score.base import Method, ServedModel
+from sglang_metasoft.types import LayerView, Probe, Prompt, Rope, Scores
+
+FUTURE_TOKENS = 512
+
+
+class ExpectedAttention(Method):
+    """Queries before RoPE are taken for Gaussian; RoPE is averaged over the next positions.
+
+    Importance: softmax over the span of ``mu·k s + s^2 k^T Sigma k / 2``, mean over the group, times the value's norm.
+    The paper takes mean and covariance over all prompt tokens from their hidden states, which a server does not keep;
+    here the last ``observed_tokens`` of the segment run once more and their queries are turned back.
+    """
+
+    default_consolidation = "none"
+
+    def prepare(self, model: ServedModel) -> None:
+        self.rope = model.rope()
+
+    def probe(self, prompt: Prompt) -> Probe:
+        return self.rerun(prompt, prompt.last_raw_ids(self.config.observed_tokens))
+
+    def score_layer(self, view: LayerView) -> Scores:
+        pool, job = view.pool, view.job
+        t, heads, d = view.q.shape
+        first = job.probe.first_position
+        is_start = view.seen_tokens == 0 and job.plan.sink_tokens < t
+        skipped = job.plan.sink_tokens if is_start else 0  # the paper leaves the sinks' queries out
+        queries = view.q[skipped:].float()
+        queries = rotate(queries, self.rope, first + skipped, backwards=True)
+        mean = queries.mean(0)  # [H, d]
+        centred = (queries - mean).transpose(0, 1)
+        covariance = centred.transpose(1, 2) @ centred / centred.shape[1]  # [H, d, d]
+        turn = mean_rotation(self.rope, first + t, d)
+        mean, covariance = mean @ turn.t(), turn @ covariance @ turn.t()
+
+        groups = pool.key.shape[1]
+        keys = (pool.key[job.span_slots].float() * pool.key_scale).permute(1, 0, 2)  # [G, S, d]
+        keys = keys.repeat_interleave(heads // groups, dim=0) * pool.scale
+        logits = (keys @ mean.unsqueeze(-1)).squeeze(-1) + (keys @ covariance * keys).sum(-1) / 2  # [H, S]
+        sink = job.plan.sink_tokens
+        attention = logits[:, sink:].softmax(-1).unflatten(0, (groups, -1)).mean(1)
+        sizes = pool.value[job.span_slots[sink:]].float().norm(dim=-1).t() * pool.value_scale
+        rest = attention * sizes
+        return Scores(torch.cat([rest.amax(1, keepdim=True).expand(-1, sink), rest], dim=1))
+
+
+def rotate(x: torch.Tensor, rope: Rope, first_position: int, backwards: bool = False) -> torch.Tensor:
+    """Turn ``[n, H, d]`` float32 vectors at consecutive positions forwards, or backwards, by their position."""
+    cos, sin = rope.cos_sin[first_position : first_position + x.shape[0]].float().unsqueeze(1).chunk(2, dim=-1)
+    sin = -sin if backwards else sin
+    rotated = 2 * cos.shape[-1]
+    a, b = _pairs(x[..., :rotated], rope.is_neox)
+    return torch.cat([_unpair(a * cos - b * sin, b * cos + a * sin, rope.is_neox), x[..., rotated:]], dim=-1)
+
+
+def mean_rotation(rope: Rope, first_position: int, d: int) -> torch.Tensor:
+    """``[d, d]`` mean of the rotation matrices of the next positions, as far as the table goes."""
+    first = min(first_position, rope.cos_sin.shape[0] - 1)
+    table = rope.cos_sin[first : first + FUTURE_TOKENS].float().mean(0, keepdim=True)
+    axes = torch.eye(d, device=table.device).unsqueeze(0)  # [1, d, d]: each axis a head
+    return rotate(axes, Rope(table, rope.is_neox), 0).squeeze(0).t()
+
+
+def _pairs(x: torch.Tensor, is_neox: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.chunk(2, dim=-1) if is_neox else (x[..., ::2], x[..., 1::2])
+
+
+def _unpair(a: torch.Tensor, b: torch.Tensor, is_neox: bool) -> torch.Tensor:
+    return torch.cat([a, b], dim=-1) if is_neox else torch.stack([a, b], dim=-1).flatten(-2)

@@ -1,0 +1,137 @@
+"""Each consolidation against its formula written anew, one head and one entry at a time."""
+
+import math
+
+import pytest
+import torch
+from metasoft_kernels.merge import gather
+from metasoft_kernels.merge.least_squares import MAX_TOKENS, RIDGE, least_squares
+from metasoft_kernels.merge.nearest import nearest
+from metasoft_kernels.merge.tome import tome
+from metasoft_kernels.merge.zeromerge import zeromerge
+from metasoft_kernels.probe import attend
+from metasoft_kernels.select import split_top
+
+from sglang_metasoft.merge import load_consolidation
+
+S, B, G, R, D = 60, 20, 2, 3, 16
+
+
+@pytest.fixture
+def layer():
+    keys, values, mass = torch.randn(S, G, D), torch.randn(S, G, D), torch.rand(G, S)
+    return keys, values, mass, *split_top(mass, B, 2)
+
+
+def cosine(a, b):
+    return (a @ b / (a.norm() * b.norm())).item()
+
+
+def test_tome_is_a_weighted_mean_into_the_most_similar_direction(layer):
+    keys, values, mass, kept, dropped = layer
+    merged = tome(keys, values, kept, dropped)
+    for g in range(G):
+        total, load = values[kept[g], g].clone(), torch.ones(B)
+        for i in dropped[g].tolist():
+            alike = [cosine(keys[i, g], keys[j, g]) for j in kept[g].tolist()]
+            slot = max(range(B), key=alike.__getitem__)
+            size, target_size = values[i, g].norm(), values[kept[g, slot], g].norm()
+            weight = max(alike[slot], 0.0) * size / (size + target_size)
+            total[slot] += weight * values[i, g]
+            load[slot] += weight
+        torch.testing.assert_close(merged[:, g], total / load[:, None], atol=1e-4, rtol=1e-4)
+
+
+def test_tome_leaves_a_value_that_nothing_resembles():
+    keys = torch.tensor([[1.0, 0], [0, 1], [-1, 0.1], [0.9, 0.1]]).unsqueeze(1)
+    values = torch.randn(4, 1, 2)
+    merged = tome(keys, values, torch.tensor([[0, 1]]), torch.tensor([[2, 3]]))
+    assert not torch.equal(merged[0, 0], values[0, 0])
+    weight = cosine(keys[2, 0], keys[1, 0]) * values[2, 0].norm() / (values[2, 0].norm() + values[1, 0].norm())
+    torch.testing.assert_close(merged[1, 0], (values[1, 0] + weight * values[2, 0]) / (1 + weight))
+    keys[2, 0, 1] = -0.1
+    assert torch.equal(tome(keys, values, torch.tensor([[0, 1]]), torch.tensor([[2, 3]]))[1, 0], values[1, 0])
+
+
+def test_zeromerge_means_by_count_into_the_least_of_the_kept(layer):
+    keys, values, mass, kept, dropped = layer
+    merged = zeromerge(keys, values, mass, kept, dropped)
+    for g in range(G):
+        residual = sorted(range(B), key=lambda slot: mass[g, kept[g, slot]].item())[: B // 10]
+        members = {slot: [kept[g, slot].item()] for slot in range(B)}
+        for i in dropped[g].tolist():
+            best = max(residual, key=lambda slot: (keys[i, g] @ keys[kept[g, slot], g]).item())
+            members[best].append(i)
+        expected = torch.stack([values[members[slot], g].mean(0) for slot in range(B)])
+        torch.testing.assert_close(merged[:, g], expected)
+        exact = [slot for slot in range(B) if slot not in residual]
+        assert torch.equal(merged[exact, g], values[kept[g, exact], g])
+
+
+def test_nearest_in_several_blocks(monkeypatch):
+    monkeypatch.setattr("metasoft_kernels.merge.nearest.BLOCK_ROWS", 7)
+    rows, columns = torch.randn(G, 40, D), torch.randn(G, 9, D)
+    best, index = nearest(rows, columns)
+    expected = torch.einsum("gnd,gbd->gnb", rows, columns)
+    torch.testing.assert_close(best, expected.amax(-1))
+    assert torch.equal(index, expected.argmax(-1))
+
+
+def probe_layer(tokens: int, rerun: int = 0):
+    """Keys, values, q, lse and what the probe saw; ``rerun`` of the tokens are the span's own last ones."""
+    keys, values, q = torch.randn(S, G, D), torch.randn(S, G, D), torch.randn(tokens, G * R, D)
+    seen = S - rerun
+    own = [torch.cat([x[seen:], torch.randn(tokens - rerun, G, D)]) for x in (keys, values)]
+    _, lse = attend(q, keys, values, torch.arange(seen), *own, D**-0.5)
+    return keys, values, q, lse, seen
+
+
+@pytest.mark.parametrize(("tokens", "rerun"), [(5, 0), (8, 8), (30, 10), (150, 0)])
+def test_least_squares_is_the_ridge_regression(tokens, rerun):
+    keys, values, q, lse, seen = probe_layer(tokens, rerun)
+    kept, dropped = split_top(torch.rand(G, S), B, 2)
+    merged = least_squares(keys, values, kept, dropped, q, lse, D**-0.5, seen)
+    stride = math.ceil(tokens / MAX_TOKENS)
+    taken = [token for token in range(tokens) if (tokens - 1 - token) % stride == 0]
+    for g in range(G):
+        attention = torch.zeros(len(taken) * R, S, dtype=torch.float64)
+        for row, (token, r) in enumerate((token, r) for token in taken for r in range(R)):
+            logits = keys[:, g].double() @ q[token, g * R + r].double() * D**-0.5
+            visible = torch.arange(S) < seen + token + 1
+            attention[row] = torch.where(visible, (logits - lse[token, g * R + r]).exp(), 0)
+        left = 1 - attention[:, dropped[g]].sum(1, keepdim=True)
+        a = attention[:, kept[g]] / left
+        old = values[kept[g], g].double()
+        missing = attention @ values[:, g].double() - a @ old
+        ridge = RIDGE * (a**2).sum(1).mean()
+        change = torch.linalg.solve(a.T @ a + ridge * torch.eye(B), a.T @ missing)
+        torch.testing.assert_close(merged[:, g].double(), old + change, atol=2e-3, rtol=2e-3)
+        if len(attention) < B:
+            assert (missing - a @ change).norm() < 0.5 * missing.norm()
+
+
+def test_least_squares_brings_the_output_of_few_probe_tokens_back():
+    """The attention output after the compression, recomputed over what is left, is nearly that of before."""
+    keys, values, q, _, _ = probe_layer(4)
+    nothing = torch.full((4, G, D), -1e4), torch.zeros(4, G, D)
+    q = q.abs()  # the probe tokens' own keys get no attention
+    before, lse = attend(q, keys, values, torch.arange(S), *nothing, D**-0.5)
+    kept, dropped = split_top(torch.rand(G, S), B, 2)
+    refit = least_squares(keys, values, kept, dropped, q, lse, D**-0.5, S)
+    error = {}
+    for name, new in (("plain", gather(values, kept)), ("refit", refit)):
+        after, _ = attend(q, gather(keys, kept), new, torch.arange(B), *nothing, D**-0.5)
+        error[name] = ((after - before).norm() / before.norm()).item()
+    assert error["refit"] < 0.1 < error["plain"], error
+
+
+def test_least_squares_without_any_attention_changes_nothing():
+    keys, values, q, lse, seen = probe_layer(5)
+    kept, dropped = split_top(torch.rand(G, S), B, 2)
+    merged = least_squares(keys, values, kept, dropped, q, torch.full_like(lse, 1e4), D**-0.5, seen)
+    assert torch.equal(merged, gather(values, kept))
+
+
+def test_an_unknown_consolidation_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'magic' is not allowed; allowed: one of: none, attention_flow"):
+        load_consolidation("magic")

@@ -14,17 +14,37 @@ from sglang_metasoft.types import ModelShape
 DEMO_FOLDER = Path(os.environ.get("METASOFT_DEMO_DIR", Path(__file__).parents[1] / ".demo"))
 
 
+TEST_LAYERS = 6
+
+
 @pytest.fixture(scope="session")
-def model_dir() -> Path:
+def full_model_dir() -> Path:
     """The demo model, downloaded and converted once."""
     return demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct")
 
 
 @pytest.fixture(scope="session")
-def tokenizer(model_dir):
+def model_dir(full_model_dir) -> Path:
+    """The demo model's first layers, which is all that tests of the machinery need, and takes a fifth of the time.
+
+    Tests of what the model says override this with ``full_model_dir``.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = DEMO_FOLDER / f"first-{TEST_LAYERS}-layers"
+    if not demo_model.is_ready(folder):
+        model = AutoModelForCausalLM.from_pretrained(full_model_dir, num_hidden_layers=TEST_LAYERS, dtype="auto")
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(full_model_dir).save_pretrained(folder)
+        (folder / "ready").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(full_model_dir):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model_dir)
+    return AutoTokenizer.from_pretrained(full_model_dir)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,11 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 @pytest.fixture(scope="session")
+def model_dir(full_model_dir):
+    return full_model_dir
+
+
+@pytest.fixture(scope="session")
 def long_ids(document_ids) -> list[int]:
     """A text of about 10,000 tokens."""
     return document_ids + document_ids

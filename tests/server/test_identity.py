@@ -42,6 +42,11 @@ def outputs(turns: list[tuple[dict, dict]]) -> list[list[list[int]]]:
     return [[response["output_ids"] for response in pair] for pair in turns]
 
 
+@pytest.fixture(scope="session")
+def model_dir(full_model_dir):
+    return full_model_dir
+
+
 @pytest.fixture(scope="module")
 def prompts(document_ids):
     return make_prompts(document_ids)

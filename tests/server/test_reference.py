@@ -18,6 +18,11 @@ LOGPROB_TOLERANCE = 2e-3
 TOP = 20
 
 
+@pytest.fixture(scope="session")
+def model_dir(full_model_dir):
+    return full_model_dir
+
+
 @pytest.fixture(scope="module")
 def served(start_server, compressor_dir, document_ids, tmp_path_factory):
     """The prompt at both ratios: kept indices and entries from the server's trace, log-probabilities of a repeat."""

@@ -13,6 +13,8 @@ import torch
 class Bypass(str, enum.Enum):
     """Why a request is served uncompressed; the value is what ``metasoft_bypass`` reports, ``why`` its meaning."""
 
+    why: str
+
     def __new__(cls, value: str, why: str):
         member = str.__new__(cls, value)
         member._value_ = value

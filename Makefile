@@ -8,7 +8,7 @@ SGLANG := 0.5.23
 OTHERS := 0.5.17
 MODEL := .demo/SmolLM2-135M-Instruct/ready
 
-.PHONY: demo serve test test-all test-fast gpu-test gpu-pack bench-memory soak lint clean
+.PHONY: demo serve test test-all test-fast gpu-test gpu-pack bench-memory soak lint docs clean
 .PHONY: $(OTHERS:%=test-%) $(OTHERS:%=test-%-identity)
 
 demo: $(INSTALLED)
@@ -48,6 +48,10 @@ soak: $(MODEL)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 $(MODEL): $(INSTALLED)
 	$(BIN)/sglang-metasoft demo-model

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from memory import PeakWatcher
 from metasoft_kernels.probe import attend
 from metasoft_kernels.score import importance as mean_attention
 
+from sglang_metasoft.bench.watch import PeakWatcher
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.server import Server
 from sglang_metasoft.merge import consolidate
@@ -155,16 +155,13 @@ def load(args) -> None:
 
     def measure(server, make_prompt) -> dict:
         prompts = [make_prompt() for _ in range(args.requests)]
-        watcher = PeakWatcher(server)
-        watcher.start()
         begin = time.perf_counter()
-        with ThreadPoolExecutor(len(prompts)) as pool:
+        with PeakWatcher(server) as watcher, ThreadPoolExecutor(len(prompts)) as pool:
             options = {"sampling_params": {"ignore_eos": True}}
             metas = [r["meta_info"] for r in pool.map(lambda ids: server.generate(ids, 256, **options), prompts)]
         seconds = time.perf_counter() - begin
-        watcher.is_over.set()
         return {
-            "peak_running_requests": max(running for _, running in watcher.series),
+            "peak_running_requests": watcher.peak_running,
             "output_tokens_per_second": round(256 * len(prompts) / seconds, 1),
             "retractions": sum(meta["num_retractions"] for meta in metas),
             "bypassed": sum("metasoft_bypass" in meta for meta in metas),

@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from sglang_metasoft.bench.watch import PeakWatcher
 from sglang_metasoft.demo import conversation
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.server import Server
@@ -29,20 +29,6 @@ PROMPT_TOKENS = 2048
 RAW_PROMPTS = 4
 COMMON = ["--enable-metrics", "--decode-log-interval", "1", "--chunked-prefill-size", "256"]
 METASOFT = ["--enable-metasoft", "--metasoft-ratio", "4", "--metasoft-during-prefill", "--metasoft-min-tokens", "128"]
-
-
-class PeakWatcher(threading.Thread):
-    """Polls a server's metrics and keeps the number of running requests over time."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(daemon=True)
-        self.server, self.series, self.is_over = server, [], threading.Event()
-
-    def run(self) -> None:
-        begin = time.monotonic()
-        while not self.is_over.wait(0.2):
-            running = int(self.server.metrics().get("sglang:num_running_reqs", 0))
-            self.series.append((round(time.monotonic() - begin, 1), running))
 
 
 def measure(model: Path, flags: list[str], prompts: list[list[int]], new_tokens: int, over_admit: bool) -> dict:
@@ -54,20 +40,16 @@ def measure(model: Path, flags: list[str], prompts: list[list[int]], new_tokens:
     with tempfile.TemporaryDirectory() as scratch:
         all_flags = [*COMMON, "--max-total-tokens", str(pool_tokens), *flags]
         with Server(model, all_flags, log=Path(scratch) / "server.log") as server:
-            watcher = PeakWatcher(server)
-            watcher.start()
             begin = time.monotonic()
-            with ThreadPoolExecutor(len(prompts)) as pool:
+            with PeakWatcher(server) as watcher, ThreadPoolExecutor(len(prompts)) as pool:
                 responses = list(
                     pool.map(lambda ids: server.generate(ids, new_tokens, sampling_params=sampling), prompts)
                 )
             seconds = time.monotonic() - begin
-            watcher.is_over.set()
-            watcher.join()
     metas = [response["meta_info"] for response in responses]
     assert all(meta["completion_tokens"] == new_tokens for meta in metas)
     return {
-        "peak_running_requests": max(running for _, running in watcher.series),
+        "peak_running_requests": watcher.peak_running,
         "seconds": round(seconds, 1),
         "retractions": sum(meta["num_retractions"] for meta in metas),
         "bypassed": sorted(meta["metasoft_bypass"] for meta in metas if "metasoft_bypass" in meta),
@@ -88,7 +70,7 @@ def plot(result: dict, path: Path) -> None:
         ("metasoft", "SGLang --enable-metasoft, ratio 4", "#1668a8"),
         ("plain", "plain SGLang", "#8a8a8a"),
     ):
-        seconds, running = zip(*result[name]["series"], strict=True)
+        seconds, running, _ = zip(*result[name]["series"], strict=True)
         axes.step(seconds, running, where="post", label=label, color=colour, linewidth=1.8)
     pool = result["plain"]["pool_tokens"]
     axes.set(

@@ -8,15 +8,11 @@ document; from then on the document is one compressed segment that every fork re
 """
 
 import argparse
-import contextlib
-import tempfile
-from pathlib import Path
 
 import sglang as sgl
+from serving import serve_demo
 
 from sglang_metasoft.demo import conversation
-from sglang_metasoft.demo import model as demo_model
-from sglang_metasoft.demo.server import Server
 
 QUESTIONS = (
     "Who gave this speech?",
@@ -60,12 +56,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server")
     args = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        if args.url is None:
-            log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
-            model = demo_model.prepare(Path(".demo") / "SmolLM2-135M-Instruct")
-            args.url = stack.enter_context(Server(model, ["--enable-metasoft"], log=log)).url
-        run(args.url)
+    with serve_demo(args.url) as url:
+        run(url)
 
 
 if __name__ == "__main__":

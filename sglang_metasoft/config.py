@@ -266,6 +266,19 @@ class RequestOptions:
     )
 
     @classmethod
+    def field(cls, name: str) -> dataclasses.Field:
+        """The setting behind a name of :attr:`FIELDS`."""
+        return cls.BOUNDARY if name == "boundary" else settings_of()[name]
+
+    @classmethod
+    def allowed(cls, name: str) -> str:
+        """The allowed values in words; where the server's 1 keeps every entry, a request's 1 does not compress."""
+        allowed = cls.field(name).metadata["allowed"]
+        return (
+            allowed if name == "boundary" else f"{allowed.split(' (')[0]} ({NO_COMPRESSION} switches compression off)"
+        )
+
+    @classmethod
     def parse(cls, custom_params: Mapping[str, Any] | None) -> dict[str, Any]:
         """The settings that ``custom_params`` overrides, checked.
 
@@ -289,12 +302,8 @@ class RequestOptions:
             if key not in cls.FIELDS:
                 raise ValueError(f"custom_params: unknown key {shown(key)}; allowed: {', '.join(cls.FIELDS)}")
             name = cls.FIELDS[key]
-            field = cls.BOUNDARY if name == "boundary" else settings_of()[name]
-            if value is None or not field.metadata["check"](value):
-                allowed = field.metadata["allowed"]
-                if name != "boundary":  # where the server's 1 keeps every entry, a request's 1 does not compress
-                    allowed = f"{allowed.split(' (')[0]} ({NO_COMPRESSION} switches compression off)"
-                raise ValueError(f"custom_params: {key}={shown(value)} is not allowed; allowed: {allowed}")
+            if value is None or not cls.field(name).metadata["check"](value):
+                raise ValueError(f"custom_params: {key}={shown(value)} is not allowed; allowed: {cls.allowed(name)}")
             options[name] = value
         if "ratio" in options and "budget" in options:
             raise ValueError("custom_params: metasoft_ratio and metasoft_budget are both given; allowed: one of them")

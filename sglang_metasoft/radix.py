@@ -7,6 +7,7 @@ then move; so nothing past the span's end is inserted before.
 
 import dataclasses
 from abc import ABC, abstractmethod
+from typing import Any
 
 from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.chains import ChainIndex
@@ -23,15 +24,19 @@ class PrefixPolicy(ABC):
     # Set by the factory, before __init__ runs.
     config: MetaSoftConfig
     adapter: Adapter
+    # Of SGLang's radix cache, the next base.
+    page_size: int
+    req_to_token_pool: Any
+    token_to_kv_pool_allocator: Any
 
     def __init__(self, params) -> None:
         self.chains = ChainIndex(self.config.index_tokens)
-        super().__init__(params)
+        super().__init__(params)  # type: ignore[call-arg]
 
     def reset(self) -> None:
         """Empty the tree and forget the chains that pointed into it (``flush_cache``, weight updates)."""
         self.chains.clear()
-        super().reset()
+        super().reset()  # type: ignore[misc]
 
     @abstractmethod
     def insert_row(self, req, *, up_to: int, priority: int, **kwargs) -> None:

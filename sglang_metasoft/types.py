@@ -11,26 +11,34 @@ import torch
 
 
 class Bypass(str, enum.Enum):
-    """Why a request is served uncompressed; the value is what ``metasoft_bypass`` reports."""
+    """Why a request is served uncompressed; the value is what ``metasoft_bypass`` reports, ``why`` its meaning."""
 
-    TOO_SHORT = "too_short"
-    NOTHING_TO_DROP = "nothing_to_drop"
-    OPTED_OUT = "opted_out"
-    PROMPT_LOGPROBS = "prompt_logprobs"
-    NO_OUTPUT = "no_output"
-    FINISHES_NOW = "finishes_now"
-    MULTIMODAL = "multimodal"
-    INPUT_EMBEDS = "input_embeds"
-    EMBED_OVERRIDES = "embed_overrides"
-    SESSION = "session"
-    LORA = "lora"
-    BEAM_SEARCH = "beam_search"
-    CUSTOM_LOGIT_PROCESSOR = "custom_logit_processor"
-    WATERMARK = "watermark"
-    ROUTED_EXPERTS = "routed_experts"
-    SHARED_WINDOW = "shared_window"
-    NO_FREE_SLOTS = "no_free_slots"
-    FAULT = "fault"
+    why: str
+
+    def __new__(cls, value: str, why: str):
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.why = why
+        return member
+
+    TOO_SHORT = "too_short", "has fewer tokens to compress than min_tokens"
+    NOTHING_TO_DROP = "nothing_to_drop", "may keep as many entries as it has"
+    OPTED_OUT = "opted_out", "asked for metasoft_ratio or metasoft_budget 1"
+    PROMPT_LOGPROBS = "prompt_logprobs", "asks for log-probabilities of prompt tokens that would be compressed"
+    NO_OUTPUT = "no_output", "has max_new_tokens 0"
+    FINISHES_NOW = "finishes_now", "ends with the token that its prefill gives"
+    MULTIMODAL = "multimodal", "carries images, audio or video"
+    INPUT_EMBEDS = "input_embeds", "gives embeddings in place of tokens"
+    EMBED_OVERRIDES = "embed_overrides", "replaces embeddings at some positions"
+    SESSION = "session", "belongs to a session, which keeps raw KV rows"
+    LORA = "lora", "uses a LoRA adapter"
+    BEAM_SEARCH = "beam_search", "decodes several beams over one row"
+    CUSTOM_LOGIT_PROCESSOR = "custom_logit_processor", "has a processor that may read prompt ids"
+    WATERMARK = "watermark", "is watermarked, which reads prompt ids"
+    ROUTED_EXPERTS = "routed_experts", "asks for the experts or indices of each prompt token"
+    SHARED_WINDOW = "shared_window", "found its own window in the tree already, so that its slots cannot move"
+    NO_FREE_SLOTS = "no_free_slots", "came when the pool had no room for the consolidated entries"
+    FAULT = "fault", "met a fault in a stage; the server's log has it"
 
 
 class ModelShape(NamedTuple):

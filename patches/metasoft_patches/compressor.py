@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from sglang.srt.runtime_context import get_parallel
 
 from metasoft_patches.admission import bypass_reason
-from metasoft_patches.metrics import Metrics
+from metasoft_patches.metrics import Metrics, stage_of
 from metasoft_patches.model import check_model, model_shape
 from metasoft_patches.probe_forward import ProbeBackend, run_probe, visit_layers
 from metasoft_patches.request import RequestState
@@ -19,7 +19,7 @@ from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.chains import Chain, make_virtual_ids
 from sglang_metasoft.commit import Committer
-from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.config import MetaSoftConfig, settings_of
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.score import load_method
@@ -116,11 +116,12 @@ class SchedulerCompressor:
                 if overlap:
                     scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
                 is_sound = self._run([(req, plan, slots) for _, req, plan, slots in reserved])
-        except Exception:
+        except Exception as error:
             logger.exception("MetaSoft: compression failed, %d requests stay uncompressed", len(reserved))
             for _, req, _, slots in reserved:
                 self.committer.give_back(slots)
                 self._skip(req, Bypass.FAULT, done)
+                self._count_fault(stage_of(error))
             return
         if overlap:
             # Made on this stream, read on the other: must outlive the forward.
@@ -132,6 +133,7 @@ class SchedulerCompressor:
                 logger.error("MetaSoft: compression failed, numbers are not finite; request %s stays as it is", req.rid)
                 self.committer.give_back(slots)
                 self._skip(req, Bypass.FAULT, done)
+                self._count_fault("not_finite")
                 continue
             self._commit(req, plan, slots)
             shrink[position] = plan.saved_slots
@@ -164,6 +166,23 @@ class SchedulerCompressor:
             elif not is_last_chunk:
                 state.make_plan(self.config, self.page_size)  # too little yet; the plan for the whole prompt stands
         return chosen
+
+    def _count_fault(self, stage: str) -> None:
+        if self.metrics is not None:
+            self.metrics.fault(stage)
+
+    def update_gauges(self, running) -> None:
+        """Bring the metrics that show a present state up to date; ``running`` are the requests that decode."""
+        if self.metrics is not None:
+            self.metrics.update_gauges(running, self.tree_cache.chains)
+
+    def state(self) -> dict:
+        """What ``/server_info`` shows: method, settings, size of the index."""
+        index = self.tree_cache.chains
+        settings = {name: getattr(self.config, name) for name in settings_of()}
+        return settings | {
+            "active": self.method.description, "index_chains": len(index), "index_tokens": index.num_tokens
+        }  # fmt: skip
 
     def _is_last_chunk(self, req) -> bool:
         """Whether the last extend completed the request's prefill."""

@@ -61,6 +61,15 @@ class SchedulerHooks:
         """AFTER ``Scheduler.run_batch``, common to both event loops: the first moment after a prefill's launch."""
         if batch.forward_mode.is_extend():
             self.compressor.compress_finished(batch)
+        self.compressor.update_gauges(batch.reqs)
+
+    def scheduler_idles(self, result, scheduler, *args, **kwargs) -> None:
+        """AFTER ``Scheduler.on_idle``: nothing runs any more."""
+        self.compressor.update_gauges(())
+
+    def show_state(self, result, scheduler, *args, **kwargs) -> None:
+        """AFTER ``Scheduler.get_internal_state``: ``/server_info`` shows what is active."""
+        result.internal_state["metasoft"] = self.compressor.state()
 
     def match_prefix(self, original, req, tree_cache=None, *args, **kwargs):
         """AROUND ``Req.init_next_round_input``: a waiting request may continue a compressed prefix."""

@@ -1,9 +1,6 @@
 """One document, many questions: the document becomes a compressed segment of its own that all of them reuse."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import requests
@@ -91,12 +88,3 @@ def test_twenty_questions_compute_little_but_themselves(start_server, tokenizer,
     assert result["computed_after_first"] <= allowed, json.dumps(result)
     assert not result["bypassed"] and max(result["kv_tokens"]) < shared / 4 + 150
     assert_pool_is_whole(server, POOL_TOKENS)
-
-
-def test_the_frontend_language_example(start_server):
-    server = start_server("--enable-metasoft")
-    example = Path(__file__).parents[2] / "examples" / "fork_over_document.py"
-    done = subprocess.run([sys.executable, example, "--url", server.url], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    computed = [int(line.split()[3]) for line in done.stdout.splitlines() if "computed," in line]
-    assert len(computed) == 6 and max(computed[1:]) < 120 < computed[0], done.stdout

@@ -70,6 +70,22 @@ TARGETS = (
     ),
     Target(
         "scheduler",
+        "sglang.srt.managers.scheduler.Scheduler.on_idle",
+        "after",
+        "scheduler_idles",
+        ("self",),
+        "sglang.srt.managers.scheduler:Scheduler.event_loop_overlap",
+    ),
+    Target(
+        "scheduler",
+        "sglang.srt.managers.scheduler.Scheduler.get_internal_state",
+        "after",
+        "show_state",
+        ("self", "recv_req"),
+        "sglang.srt.managers.scheduler:Scheduler.init_request_dispatcher",
+    ),
+    Target(
+        "scheduler",
         "sglang.srt.managers.schedule_batch.Req.init_next_round_input",
         "around",
         "match_prefix",

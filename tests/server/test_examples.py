@@ -1,0 +1,51 @@
+"""The examples, each run as a user would."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.server
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def server(start_server):
+    return start_server("--enable-metasoft")
+
+
+def run(name: str, *arguments) -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True, timeout=500
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_forks_over_a_document_share_it(server):
+    out = run("fork_over_document.py", "--url", server.url)
+    computed = [int(number) for number in re.findall(r"(\d+) computed", out)]
+    assert len(computed) == 6 and max(computed[1:]) < 120 < computed[0], out
+
+
+def test_a_streamed_chat_says_what_it_holds(server):
+    out = run("chat_over_document.py", "--url", server.url, "--ratio", "8")
+    held = [(int(tokens), int(entries)) for tokens, entries in re.findall(r"(\d+) prompt tokens in (\d+) KV", out)]
+    assert len(held) == 2 and held[0][0] > 4000, out
+    assert held[0][1] == -(-held[0][0] // 8) and held[1][1] < held[1][0] / 6, out
+
+
+def test_each_request_has_its_ratio(server):
+    out = run("per_request_ratio.py", "--url", server.url)
+    rows = [[int(cell) for cell in match] for match in re.findall(r"^ *(\d+) +(\d+) +(\d+)  ", out, re.MULTILINE)]
+    assert [ratio for ratio, *_ in rows] == [1, 2, 4, 8, 16], out
+    assert all(entries == -(-tokens // ratio) for ratio, tokens, entries in rows), out
+
+
+def test_an_offline_engine_shares_the_document_from_the_third_question_on(model_dir):
+    out = run("offline_engine.py", "--model-path", str(model_dir))
+    computed = [int(number) for number in re.findall(r"(\d+) computed", out)]
+    assert len(computed) == 3 and computed[2] < 120 < computed[0], out

@@ -1,7 +1,9 @@
 """The platform class behind :mod:`metasoft_patches.cpu_platform`: plain torch on the CPU."""
 
+import logging
 import os
 
+import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
@@ -10,6 +12,8 @@ DEFAULT_POOL_TOKENS = 65_536
 DEFAULT_MEMORY_FRACTION = 0.5
 THREAD_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 
+logger = logging.getLogger(__name__)
+
 
 class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """SGLang on plain torch operations: no kernel library, no graph capture, no pinned memory."""
@@ -17,12 +21,16 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
 
     def apply_server_args_defaults(self, server_args) -> None:
-        """Fill in what the user left open: a KV pool that fits a laptop, whatever the model, and torch sampling."""
+        """Fill in what the user left open: a KV pool that fits a laptop, whatever the model, a fast type, torch sampling."""
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_POOL_TOKENS
         if server_args.mem_fraction_static is None:
             # Weights and pool together; SGLang takes the smaller of this and the tokens above.
             server_args.mem_fraction_static = DEFAULT_MEMORY_FRACTION
+        if server_args.dtype == "auto" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            # There bf16 products are emulated: several times slower than float32 ones.
+            logger.info("This CPU has no bf16 instructions: the model runs in float32 (--dtype bfloat16 overrides).")
+            server_args.dtype = "float32"
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         ranks = server_args.tp_size * server_args.dp_size * server_args.pp_size

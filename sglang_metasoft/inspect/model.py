@@ -64,8 +64,15 @@ def read_shape(folder: str | Path) -> ModelShape:
         raise ValueError(f"model path: {shown(str(folder))} ({kind}) has no plain attention heads: {error}") from None
 
 
+def kv_bytes_per_entry(shape: ModelShape, dtype: torch.dtype) -> int:
+    """Keys and values of one entry in all layers and heads."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+
+
 class InspectedModel:
-    """A causal LM and its tokenizer, on the CPU, in the dtype of its files.
+    """A causal LM and its tokenizer, on the accelerator if there is one.
+
+    There in the dtype of its files, on a CPU in float32: half precision takes several times as long on most.
 
     Args:
         folder: with config, tokenizer and weights.
@@ -76,11 +83,14 @@ class InspectedModel:
 
     def __init__(self, folder: str | Path) -> None:
         self.shape = read_shape(folder)
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.device = accelerator or torch.device("cpu")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if accelerator else torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"model path: {shown(str(folder))} cannot be loaded: {error}") from None
+        self.model.eval().to(self.device)
 
     @property
     def context_tokens(self) -> int | None:
@@ -89,13 +99,15 @@ class InspectedModel:
 
     @property
     def kv_bytes_per_entry(self) -> int:
-        """Of keys and values, all layers and heads."""
-        shape = self.shape
-        return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * self.model.dtype.itemsize
+        """Of keys and values, all layers and heads, in the dtype of the model here."""
+        return kv_bytes_per_entry(self.shape, self.model.dtype)
 
     def make_method(self, config: MetaSoftConfig) -> Method:
         """The configured method for this model. Raises ValueError: it cannot serve it."""
-        return load_method(config.method)(config, self.shape, self._embed, self.model.device)
+        return load_method(config.method)(config, self.shape, self._embed, self.device)
+
+    def _tensor(self, values: list) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -105,7 +117,7 @@ class InspectedModel:
     def prefill(self, ids: list[int]) -> tuple[DynamicCache, torch.Tensor]:
         """The raw cache of a prompt, and the ``[vocab]`` log-probabilities of what follows it."""
         cache = DynamicCache()
-        for chunk in torch.tensor([ids]).split(PREFILL_CHUNK_TOKENS, dim=1):
+        for chunk in self._tensor([ids]).split(PREFILL_CHUNK_TOKENS, dim=1):
             out = self.model(chunk, past_key_values=cache, logits_to_keep=1)
         return cache, out.logits[0, -1].float().log_softmax(-1)
 
@@ -121,16 +133,14 @@ class InspectedModel:
         end = plan.end_slots
         probe = method.probe(
             Prompt(
-                span_ids=torch.tensor(ids[plan.start_slots : end]),
-                tail_ids=torch.tensor(ids[end:], dtype=torch.int64),
+                span_ids=self._tensor(ids[plan.start_slots : end]),
+                tail_ids=self._tensor(ids[end:]),
                 context_slots=len(ids),
                 context_tokens=len(ids),
             )
         )
-        job = Job(
-            plan, probe, torch.arange(probe.context_slots), torch.arange(plan.start_slots, end),
-            torch.arange(plan.kept_slots),
-        )  # fmt: skip
+        slots = torch.arange(len(ids), device=self.device)
+        job = Job(plan, probe, slots[: probe.context_slots], slots[plan.start_slots : end], slots[: plan.kept_slots])
         recorder = _Recorder(method)
         layers: list[CompressedLayer] = []
 
@@ -139,11 +149,11 @@ class InspectedModel:
             pool = LayerPool(raw.keys[0].transpose(0, 1), raw.values[0].transpose(0, 1), scale, 1.0, 1.0)
             gate = method.gate_scale(layer, 0, self.shape.num_kv_heads)
             out, routes, merged, _ = compress_layer(job, q, k, v, pool, recorder, config, gate)
-            gates = torch.as_tensor(gate, dtype=torch.float32).flatten().expand(self.shape.num_kv_heads)
+            gates = torch.as_tensor(gate, dtype=torch.float32, device="cpu").flatten().expand(self.shape.num_kv_heads)
             layers.append(CompressedLayer(recorder.importance, routes, merged, gates))
             return out
 
-        positions = torch.arange(probe.first_position, probe.first_position + probe.embeds.shape[0])
+        positions = torch.arange(probe.embeds.shape[0], device=self.device) + probe.first_position
         with self._attention(answer):
             self.model.get_decoder()(
                 inputs_embeds=probe.embeds[None].to(self.model.dtype), position_ids=positions[None], use_cache=False
@@ -205,16 +215,16 @@ class InspectedModel:
         copy = _copy_of(cache)
         ends = _end_ids(self.model)
         while len(ids) < limit and not (ended := ids[-1] in ends):
-            position = torch.tensor([[prompt_tokens + len(ids) - 1]])
-            out = self.model(torch.tensor([ids[-1:]]), past_key_values=copy, position_ids=position)
+            position = self._tensor([[prompt_tokens + len(ids) - 1]])
+            out = self.model(self._tensor([ids[-1:]]), past_key_values=copy, position_ids=position)
             ids.append(int(out.logits[0, -1].argmax()))
         scored = reference or ids
         total = first[scored[0]].item()
         if len(scored) > 1:
-            positions = torch.arange(prompt_tokens, prompt_tokens + len(scored) - 1)[None]
-            out = self.model(torch.tensor([scored[:-1]]), past_key_values=_copy_of(cache), position_ids=positions)
+            positions = self._tensor([list(range(prompt_tokens, prompt_tokens + len(scored) - 1))])
+            out = self.model(self._tensor([scored[:-1]]), past_key_values=_copy_of(cache), position_ids=positions)
             logprobs = out.logits[0].float().log_softmax(-1)
-            total += logprobs.gather(1, torch.tensor(scored[1:])[:, None]).sum().item()
+            total += logprobs.gather(1, self._tensor(scored[1:])[:, None]).sum().item()
         return Answer(ids, ended or ids[-1] in ends, total / len(scored))
 
 

@@ -8,11 +8,13 @@ from string import Template
 
 from sglang_metasoft.inspect.inspection import LOG2_FLOOR, LOG2_STEPS, WEIGHT_STEPS, Inspection, pack
 
+# In this order one program; the parts share their names.
+PROGRAM = ("data.js", "prompt.js", "flows.js", "detail.js", "map.js", "answers.js", "controls.js")
+
 
 def render(inspection: Inspection) -> bytes:
     """The page in UTF-8. Text from prompt and model reaches it escaped, as data; the page sets it as text only."""
-    folder = files("sglang_metasoft.inspect")
-    template = Template((folder / "page.html").read_text(encoding="utf-8"))
+    folder = files("sglang_metasoft.inspect") / "page"
     arrays = {"importance": inspection.importance, "rank": inspection.rank}
     for number, result in enumerate(inspection.results):
         arrays |= {f"targets{number}": result.targets, f"weights{number}": result.weights}
@@ -20,10 +22,10 @@ def render(inspection: Inspection) -> bytes:
         f'<script type="text/plain" id="array-{name}">{base64.b64encode(pack(array)).decode()}</script>'
         for name, array in arrays.items()
     ]
-    page = template.substitute(
+    page = Template((folder / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(inspection.title),
         style=(folder / "page.css").read_text(encoding="utf-8"),
-        program=(folder / "page.js").read_text(encoding="utf-8"),
+        program="\n".join((folder / name).read_text(encoding="utf-8") for name in PROGRAM),
         data=script_json(describe(inspection)),
         arrays="\n".join(blobs),
     )

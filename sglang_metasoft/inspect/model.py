@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from sglang_metasoft.config import MetaSoftConfig, shown
+from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_shape
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.score import load_method
 from sglang_metasoft.score.base import Method
-from sglang_metasoft.types import Job, LayerPool, MergedKV, ModelShape, Plan, Prompt, Routes
+from sglang_metasoft.types import Job, LayerPool, MergedKV, Plan, Prompt, Routes
 
 PROBE_ATTENTION = "metasoft_probe"
 PREFILL_CHUNK_TOKENS = 1024
@@ -35,38 +36,6 @@ class Answer(NamedTuple):
     ids: list[int]  # an end-of-text token included
     is_ended: bool  # by such a token, not by the limit
     score: float  # mean log-probability of the reference answer's tokens over this cache
-
-
-def read_shape(folder: str | Path) -> ModelShape:
-    """The model in ``folder`` as a compressor knows it, from its configuration alone.
-
-    Raises:
-        ValueError: no configuration there, or not one of a decoder with plain attention heads.
-    """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model path: {shown(str(folder))} holds no Hugging Face model: {error}") from None
-    text = config.get_text_config(decoder=True)
-    try:
-        heads, hidden = text.num_attention_heads, text.hidden_size
-        return ModelShape(
-            name=str(folder),
-            vocab_size=text.vocab_size,
-            hidden_size=hidden,
-            num_layers=text.num_hidden_layers,
-            num_heads=heads,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or hidden // heads,
-        )
-    except AttributeError as error:
-        kind = type(config).__name__
-        raise ValueError(f"model path: {shown(str(folder))} ({kind}) has no plain attention heads: {error}") from None
-
-
-def kv_bytes_per_entry(shape: ModelShape, dtype: torch.dtype) -> int:
-    """Keys and values of one entry in all layers and heads."""
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
 
 
 class InspectedModel:

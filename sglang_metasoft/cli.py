@@ -1,40 +1,59 @@
-"""The ``sglang-metasoft`` command."""
+"""The ``sglang-metasoft`` command. A subcommand is one line of :data:`COMMANDS`."""
 
 import argparse
-import os
+import importlib
 import sys
-from pathlib import Path
+from importlib.metadata import entry_points
 
 from sglang_metasoft.version import __version__
+
+PLUGIN_GROUP = "sglang_metasoft.commands"
+# Name -> ``module:function``, which takes the arguments after the name and returns the exit code, and one line of help.
+# None: the function comes from the entry-point group PLUGIN_GROUP, for commands that need SGLang.
+COMMANDS: dict[str, tuple[str | None, str]] = {
+    "demo": ("sglang_metasoft.demo.commands:demo", "two questions about a long document, over a compressed KV cache"),
+    "serve-demo": ("sglang_metasoft.demo.commands:serve_demo", "leave the demo model's server running"),
+    "demo-model": ("sglang_metasoft.demo.commands:demo_model", "download and convert the demo model only"),
+    "bench": ("sglang_metasoft.bench.command:main", "plain SGLang against the same server with compression, one run"),
+    "inspect": ("sglang_metasoft.inspect.command:main", "show as a web page what compression does to a prompt"),
+    "doctor": (None, "say whether this machine can run it, and what to do where it cannot"),
+}
+USAGE_ERROR = 2
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="sglang-metasoft", description="Meta-Soft KV-cache compression for SGLang")
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="sglang-metasoft",
+        description="Meta-Soft KV-cache compression for SGLang",
+        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {help}" for name, (_, help) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    help_folder = "where the demo model is kept (default: .demo)"
-    demo = commands.add_parser("demo", help="two questions about a long document, over a compressed KV cache")
-    serve = commands.add_parser("serve-demo", help="leave the demo model's server running")
-    fetch = commands.add_parser("demo-model", help="download and convert the demo model only")
-    for command in (demo, serve, fetch):
-        command.add_argument("--folder", type=Path, default=Path(".demo"), help=help_folder)
-    for command in (demo, serve):
-        command.add_argument("flags", nargs="*", help="further server arguments, after --")
-    args = parser.parse_args(argv)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="its arguments follow; --help lists them")
+    argv = sys.argv[1:] if argv is None else argv
+    name = parser.parse_args(argv[:1]).command
+    try:
+        return load_command(name)(argv[1:])
+    except ValueError as error:
+        print(f"sglang-metasoft {name}: {error}", file=sys.stderr)
+        return USAGE_ERROR
 
-    from sglang_metasoft.demo import conversation, model
 
-    if args.command == "demo":
-        conversation.run(args.folder, args.flags)
-    else:
-        folder = model.prepare(args.folder / "SmolLM2-135M-Instruct")
-        if args.command == "demo-model":
-            print(folder)
-        else:
-            command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--enable-metasoft"]
-            os.execv(sys.executable, [*command, *args.flags])
-    return 0
+def load_command(name: str):
+    """The function behind a subcommand.
+
+    Raises:
+        ValueError: it comes with the installation, which does not have it.
+    """
+    target = COMMANDS[name][0]
+    if target is not None:
+        module, function = target.split(":")
+        return getattr(importlib.import_module(module), function)
+    for entry in entry_points(group=PLUGIN_GROUP, name=name):
+        return entry.load()
+    raise ValueError(f"the installed package has no entry point {PLUGIN_GROUP}:{name}; reinstall sglang-metasoft")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from metasoft_patches.contract import check_target, find, parameters
 
 from sglang_metasoft.compat import SUPPORTED_SGLANG
 
-ROOT = Path(importlib.util.find_spec("sglang").submodule_search_locations[0])
 PATCHES = Path(__file__).parents[2] / "patches" / "metasoft_patches"
 
 
@@ -40,49 +40,6 @@ TARGETS = TABLE.TARGETS
 WHERE = f"SGLang {INSTALLED} (supported: {', '.join(SUPPORTED_SGLANG)})"
 
 
-def parse(module: str) -> ast.Module:
-    path = ROOT.joinpath(*module.split(".")[1:])
-    path = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-    assert path.is_file(), f"{WHERE} has no module {module}"
-    return ast.parse(path.read_text())
-
-
-def find(module: str, qualified: str):
-    """The function or class ``qualified`` of a module, and whether it exists."""
-    node = parse(module)
-    for name in qualified.split("."):
-        node = next(
-            (
-                child
-                for child in node.body
-                if isinstance(child, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and child.name == name
-            ),
-            None,
-        )
-        assert node is not None, f"{WHERE} has no {module}.{qualified}"
-    return node
-
-
-def split(path: str) -> tuple[str, str]:
-    """Module and qualified name: the module is the longest prefix that is a file."""
-    parts = path.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        if ROOT.joinpath(*parts[1:cut]).with_suffix(".py").is_file():
-            return ".".join(parts[:cut]), ".".join(parts[cut:])
-    raise AssertionError(f"{WHERE} has no module for {path}")
-
-
-def parameters(function: ast.FunctionDef) -> tuple[str, ...]:
-    args = function.args
-    names = [arg.arg for arg in args.posonlyargs + args.args]
-    if args.vararg:
-        names.append("*" + args.vararg.arg)
-    names += [arg.arg for arg in args.kwonlyargs]
-    if args.kwarg:
-        names.append("**" + args.kwarg.arg)
-    return tuple(names)
-
-
 def called_names(function) -> set[str]:
     """Names called, or handed on as a value, inside a function."""
     names = {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
@@ -91,10 +48,7 @@ def called_names(function) -> set[str]:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.path.removeprefix("sglang.srt."))
 def test_target_has_the_expected_parameters(target):
-    function = find(*split(target.path))
-    assert parameters(function) == target.parameters, (
-        f"{WHERE}: {target.path} takes {parameters(function)}, the hook {target.hook} expects {target.parameters}"
-    )
+    check_target(target)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.path.removeprefix("sglang.srt."))

@@ -1,0 +1,75 @@
+"""Look hooks up in the installed SGLang's source, which is not imported for it."""
+
+import ast
+import importlib.util
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from metasoft_patches.targets import Target
+
+
+class ContractError(ValueError):
+    """SGLang's source does not have what a hook needs; the message starts with the installed version."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"SGLang {version('sglang')}: {message}")
+
+
+def source_folder() -> Path:
+    """SGLang's package folder."""
+    return Path(importlib.util.find_spec("sglang").submodule_search_locations[0])
+
+
+def find(module: str, qualified: str) -> ast.AST:
+    """The function or class ``qualified`` of a module. Raises ContractError: there is none."""
+    path = source_folder().joinpath(*module.split(".")[1:])
+    path = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+    if not path.is_file():
+        raise ContractError(f"no module {module}")
+    node = ast.parse(path.read_text(encoding="utf-8"))
+    kinds = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
+    for name in qualified.split("."):
+        node = next((child for child in node.body if isinstance(child, kinds) and child.name == name), None)
+        if node is None:
+            raise ContractError(f"no {module}.{qualified}")
+    return node
+
+
+def split(path: str) -> tuple[str, str]:
+    """Module and qualified name: the module is the longest prefix that is a file. Raises ContractError: none is."""
+    parts = path.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        if source_folder().joinpath(*parts[1:cut]).with_suffix(".py").is_file():
+            return ".".join(parts[:cut]), ".".join(parts[cut:])
+    raise ContractError(f"no module for {path}")
+
+
+def parameters(function: ast.FunctionDef) -> tuple[str, ...]:
+    """Names of the parameters in order, with their stars."""
+    args = function.args
+    names = [arg.arg for arg in args.posonlyargs + args.args]
+    if args.vararg:
+        names.append("*" + args.vararg.arg)
+    names += [arg.arg for arg in args.kwonlyargs]
+    if args.kwarg:
+        names.append("**" + args.kwarg.arg)
+    return tuple(names)
+
+
+def check_target(target: Target) -> None:
+    """Raise ContractError unless the target exists with the parameters that its hook expects."""
+    found = parameters(find(*split(target.path)))
+    if found != target.parameters:
+        raise ContractError(f"{target.path} takes {found}, the hook {target.hook} expects {target.parameters}")
+
+
+def broken_targets(targets: Iterable[Target]) -> list[str]:
+    """For each target that does not fit, one line that says what was found."""
+    broken = []
+    for target in targets:
+        try:
+            check_target(target)
+        except ContractError as error:
+            broken.append(str(error))
+    return broken

@@ -1,0 +1,1 @@
+"""``sglang-metasoft inspect``: what compression does to one prompt, as a web page."""

@@ -3,6 +3,7 @@
 float32, because plain SGLang itself flips near ties in bf16 when other requests happen to share a batch.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -43,8 +44,9 @@ def outputs(turns: list[tuple[dict, dict]]) -> list[list[list[int]]]:
 
 
 @pytest.fixture(scope="session")
-def model_dir(full_model_dir):
-    return full_model_dir
+def model_dir(model_dir, full_model_dir):
+    """All layers; ``METASOFT_FIRST_LAYERS=1`` takes the first ones, for a version that is checked beside the main one."""
+    return model_dir if os.environ.get("METASOFT_FIRST_LAYERS") == "1" else full_model_dir
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ def padded(size: int) -> int:
 
 
 def rows_for(head_dim: int, dtype: torch.dtype, most: int = 128) -> int:
-    """Rows of a tile of ``[rows, head_dim]``: at most 32 KiB."""
-    return min(most, max(16, 32_768 // (padded(head_dim) * dtype.itemsize)))
+    """Rows of a tile of ``[rows, head_dim]``: at most 32 KiB; few in float32, whose products keep all in registers."""
+    if dtype == torch.float32:
+        return 16 if padded(head_dim) > 128 else 32
+    return min(most, 32_768 // (padded(head_dim) * dtype.itemsize))
 
 
 def operand_type(dtype: torch.dtype) -> tl.dtype:

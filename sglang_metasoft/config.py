@@ -15,6 +15,7 @@ METHODS = {  # loaded lazily by sglang_metasoft.score.load_method
     "metasoft": "sglang_metasoft.score.metasoft:MetaSoft",
     "snapkv": "sglang_metasoft.score.snapkv:SnapKV",
 }
+KERNELS = ("auto", "torch", "triton")
 CONSOLIDATIONS = ("none", "attention_flow")
 NO_COMPRESSION = 1
 NUMBER_LIMIT = 2**63  # what a request carries must fit SGLang's messages between processes
@@ -156,6 +157,14 @@ class MetaSoftConfig:
         check=_is_int_from(1),
         help="Raw prompt tokens that the index of compressed prefixes remembers (8 bytes each, least recently "
         "used first out).",
+    )
+    kernels: str = _setting(
+        "auto",
+        flag=None,
+        allowed=f"one of: {', '.join(KERNELS)}",
+        check=lambda value: isinstance(value, str) and value in KERNELS,
+        help="What runs the stages: fused kernels on CUDA and torch elsewhere (auto), torch everywhere, or our own "
+        "Triton kernels alone (on a CPU only with TRITON_INTERPRET=1, for tests).",
     )
     trace_dir: str | None = _setting(
         None,

@@ -37,16 +37,17 @@ def compress_layer(
         was finite: a bool tensor on the device, for callers that can read it without waiting.
     """
     out, lse = attend(
-        q, pool.key, pool.value, job.context_slots, k_new, v_new, pool.scale, pool.key_scale, pool.value_scale
-    )
+        q, pool.key, pool.value, job.context_slots, k_new, v_new, pool.scale, pool.key_scale, pool.value_scale,
+        config.kernels,
+    )  # fmt: skip
     raw = method.score(q, pool.key, job.span_slots, lse, pool.scale, pool.key_scale).importance
     scores = Scores(raw.nan_to_num(0.0, 0.0, 0.0))
     keys = _read(pool.key, job.span_slots, pool.key_scale, q.dtype)
     values = _read(pool.value, job.span_slots, pool.value_scale, q.dtype)
     consolidation = config.consolidation or method.default_consolidation
     targets = config.route_targets if consolidation == "attention_flow" else 0
-    routes = choose_routes(job.plan, scores, keys, targets, pool.scale)
-    merged = consolidate(keys, values, scores, routes, gate_scale)
+    routes = choose_routes(job.plan, scores, keys, targets, pool.scale, config.kernels)
+    merged = consolidate(keys, values, scores, routes, gate_scale, config.kernels)
     finite_values = merged.value.isfinite()
     is_finite = raw.isfinite().all() & merged.key.isfinite().all() & finite_values.all()
     merged = merged._replace(value=torch.where(finite_values, merged.value, gather(values, routes.kept)))

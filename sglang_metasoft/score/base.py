@@ -57,7 +57,7 @@ class Method(abc.ABC):
         k_scale: float,
     ) -> Scores:
         """Importance of the span at one layer; shapes as :func:`metasoft_kernels.score.importance`."""
-        return Scores(importance(q, k_buffer, span_slots, lse, scale, k_scale))
+        return Scores(importance(q, k_buffer, span_slots, lse, scale, k_scale, self.config.kernels))
 
     def gate_scale(self, layer: int, first_kv_head: int, num_kv_heads: int) -> torch.Tensor | float:
         """Factor on the consolidation gate at ``layer`` for a rank's KV heads: a number or ``[G, 1]``."""

@@ -75,6 +75,11 @@ def source_of(launch: Launch) -> tuple[ASTSource, dict]:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options
 
 
+def distinct(launches: list[Launch]) -> list[Launch]:
+    """Without those that would compile to the same code."""
+    return list({str((source_of(launch)[0].hash(), source_of(launch)[1])): launch for launch in launches}.values())
+
+
 def compile_launch(launch: Launch, capability: int) -> dict:
     """Compile and report what the kernel takes of a multiprocessor."""
     source, options = source_of(launch)
@@ -98,12 +103,15 @@ def compile_launch(launch: Launch, capability: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="numbers in SHAPES")
+    parser.add_argument("--kernels", nargs="*", help="names; default: all")
     parser.add_argument("--capabilities", type=int, nargs="*", default=CAPABILITIES)
     args = parser.parse_args()
     for number in args.shapes:
         heads, groups, d, dtype, pool_dtype = SHAPES[number]
         names = {"heads": heads, "kv_heads": groups, "head_dim": d, "pool": str(pool_dtype)[6:]}
-        for launch in record_layer(SHAPES[number]):
+        for launch in distinct(record_layer(SHAPES[number])):
+            if args.kernels and launch.kernel.__name__.strip("_") not in args.kernels:
+                continue
             for capability in args.capabilities:
                 if capability < 89 and pool_dtype == torch.float8_e4m3fn:
                     continue  # refused there: see metasoft_kernels.backend

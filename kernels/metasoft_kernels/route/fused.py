@@ -12,6 +12,8 @@ import triton.language as tl
 from metasoft_kernels.ragged import Ragged
 from metasoft_kernels.tiles import PRECISION, operand_type, padded, rows_for
 
+UNROLLED = tl.constexpr(8)
+
 
 def route(
     k_buffer: torch.Tensor,
@@ -88,16 +90,13 @@ def _route(
             affinity = tl.dot(keys, tl.trans(kept_keys), input_precision=PRECISION)
             affinity = tl.where(is_kept[None, :], affinity, float("-inf"))
             bar, top = tl.min(best, 1), tl.max(affinity, 1)
-            while tl.max((top > bar).to(tl.int32), 0) > 0:
-                enters = (top > bar)[:, None]
-                # Of equal ones the earliest position enters, and the latest leaves.
-                top_at = tl.min(tl.where(affinity == top[:, None], position[None, :], 2147483647), 1)
-                leaves_at = tl.max(tl.where(best == bar[:, None], best_at, -2147483648), 1)
-                place = enters & (best == bar[:, None]) & (best_at == leaves_at[:, None])
-                best = tl.where(place, top[:, None], best)
-                best_at = tl.where(place, top_at[:, None], best_at)
-                affinity = tl.where(enters & (position[None, :] == top_at[:, None]), float("-inf"), affinity)
-                bar, top = tl.min(best, 1), tl.max(affinity, 1)
+            if M <= UNROLLED:  # a loop inside would keep the compiler from loading the next keys meanwhile
+                for _ in tl.static_range(M):
+                    if tl.max((top > bar).to(tl.int32), 0) > 0:
+                        affinity, best, best_at, bar, top = _enter(affinity, position, best, best_at, bar, top)
+            else:
+                while tl.max((top > bar).to(tl.int32), 0) > 0:
+                    affinity, best, best_at, bar, top = _enter(affinity, position, best, best_at, bar, top)
         is_target = best_at >= 0
         highest = tl.max(tl.where(is_target, best, float("-inf")), 1)
         mass = tl.where(is_target, tl.exp((best - highest[:, None]) * scale), 0.0)
@@ -106,3 +105,17 @@ def _route(
         mask = inside[:, None] & (rank < M)[None, :]
         tl.store(target + cell, tl.where(is_target, best_at, kept_total), mask=mask)
         tl.store(weight + cell, share, mask=mask)
+
+
+@triton.jit
+def _enter(affinity, position, best, best_at, bar, top):
+    """Let each row's largest affinity replace its worst target, if it is larger; and take it out of the tile."""
+    enters = (top > bar)[:, None]
+    # Of equal ones the earliest position enters, and the latest leaves.
+    top_at = tl.min(tl.where(affinity == top[:, None], position[None, :], 2147483647), 1)
+    leaves_at = tl.max(tl.where(best == bar[:, None], best_at, -2147483648), 1)
+    place = enters & (best == bar[:, None]) & (best_at == leaves_at[:, None])
+    best = tl.where(place, top[:, None], best)
+    best_at = tl.where(place, top_at[:, None], best_at)
+    affinity = tl.where(enters & (position[None, :] == top_at[:, None]), float("-inf"), affinity)
+    return affinity, best, best_at, tl.min(best, 1), tl.max(affinity, 1)

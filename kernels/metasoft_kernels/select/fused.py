@@ -67,7 +67,7 @@ def _split_top(
     digits = tl.arange(0, 256)
     cut = tl.zeros([1], tl.uint32)
     for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
+        shift = 24 - 8 * step
         counts = tl.zeros([256], tl.int32)
         for first in range(0, entries, BLOCK):
             entry = first + tl.arange(0, BLOCK)

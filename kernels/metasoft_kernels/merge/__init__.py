@@ -20,20 +20,17 @@ def attention_flow(
     gate_scale: torch.Tensor | float = 1.0,
     kernels: str = "auto",
 ) -> torch.Tensor:
-    """:func:`metasoft_kernels.merge.naive.attention_flow`, or its fused equal; ``kernels`` as in :mod:`.backend`.
-
-    The fused kernel leaves an entry as it was where its merged value would not be finite.
-    """
+    """:func:`metasoft_kernels.merge.naive.attention_flow`, or its fused equal; ``kernels`` as in :mod:`.backend`."""
     if not uses_triton(kernels, values.device, values.dtype):
         return naive.attention_flow(values, importance, kept, dropped, targets, weights, gate_scale)
     slots = torch.arange(values.shape[0], device=values.device)
     (kept_axis,) = single(values.device, kept.shape[1])
     rows = [part.to(torch.int32).contiguous() for part in (kept, dropped, targets)]
-    merged, _ = fused.attention_flow(
+    merged, is_finite = fused.attention_flow(
         values, slots, importance.contiguous(), *rows, weights.contiguous(), kept_axis,
         gate_of_heads(gate_scale, values.shape[1], values.device), 1.0, torch.float32,
     )  # fmt: skip
-    return merged
+    return merged.masked_fill_(~is_finite.t().unsqueeze(-1), float("nan"))
 
 
 def gate_of_heads(gate_scale: torch.Tensor | float, groups: int, device: torch.device) -> torch.Tensor:

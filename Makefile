@@ -37,7 +37,7 @@ bench-memory: $(MODEL)
 	$(BIN)/python benchmarks/memory.py --plot docs/memory.png
 
 gpu-test: $(MODEL)
-	$(BIN)/python -m pytest tests/gpu -s
+	$(BIN)/python -m pytest tests/gpu tests/kernels -s
 
 gpu-pack: $(INSTALLED)
 	$(BIN)/python tests/gpu/pack.py .gpu

@@ -30,6 +30,7 @@ CONSOLIDATIONS = {  # loaded lazily by sglang_metasoft.merge.load_consolidation
     "tome": "metasoft_kernels.merge.tome:tome",
     "least_squares": "metasoft_kernels.merge.least_squares:least_squares",
 }
+KERNELS = ("auto", "torch", "triton")
 NO_COMPRESSION = 1
 NUMBER_LIMIT = 2**63  # what a request carries must fit SGLang's messages between processes
 SHOWN_CHARS = 200
@@ -177,6 +178,14 @@ class MetaSoftConfig:
         check=_is_int_from(1),
         help="Raw prompt tokens that the index of compressed prefixes remembers (8 bytes each, least recently "
         "used first out).",
+    )
+    kernels: str = _setting(
+        "auto",
+        flag=None,
+        allowed=f"one of: {', '.join(KERNELS)}",
+        check=lambda value: isinstance(value, str) and value in KERNELS,
+        help="What runs the stages: fused kernels on CUDA and torch elsewhere (auto), torch everywhere, or our own "
+        "Triton kernels alone (on a CPU only with TRITON_INTERPRET=1, for tests).",
     )
     trace_dir: str | None = _setting(
         None,

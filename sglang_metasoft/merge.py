@@ -55,6 +55,7 @@ def consolidate(
     scores: Scores,
     routes: Routes,
     gate_scale: torch.Tensor | float,
+    kernels: str = "auto",
 ) -> MergedKV:
     """Gather each head's kept keys, and its kept values with what flowed into them.
 
@@ -64,6 +65,7 @@ def consolidate(
         scores: its mass ``[G, S]`` goes by the name ``importance``.
         routes: ``kept``, ``dropped``, ``targets``, ``weights``.
         gate_scale: factor on the gate, a number or ``[G, 1]``.
+        kernels: the setting.
 
     Returns:
         ``[B, G, d]`` keys and values in the dtype of the input.
@@ -79,6 +81,7 @@ def consolidate(
         q=view.q,
         lse=view.lse,
         scale=view.pool.scale,
+        kernels=kernels,
         seen_tokens=view.seen_tokens,
         **routes._asdict(),
     )

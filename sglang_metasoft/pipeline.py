@@ -40,8 +40,9 @@ def compress_layer(
     """
     if q.shape[0]:
         out, lse = attend(
-            q, pool.key, pool.value, job.context_slots, k_new, v_new, pool.scale, pool.key_scale, pool.value_scale
-        )
+            q, pool.key, pool.value, job.context_slots, k_new, v_new, pool.scale, pool.key_scale, pool.value_scale,
+            config.kernels,
+        )  # fmt: skip
     else:
         out, lse = q, q.new_empty(q.shape[:2], dtype=torch.float32)
     view = LayerView(job, pool, q, lse, layer)
@@ -53,8 +54,8 @@ def compress_layer(
     values = _read(pool.value, job.span_slots, pool.value_scale, q.dtype)
     consolidation = load_consolidation(config.consolidation or method.default_consolidation)
     targets = config.route_targets if "targets" in consolidation.inputs else 0
-    routes = choose_routes(job.plan, scores, keys, targets, pool.scale)
-    merged = consolidate(consolidation, view, keys, values, scores, routes, gate_scale)
+    routes = choose_routes(job.plan, scores, keys, targets, pool.scale, config.kernels)
+    merged = consolidate(consolidation, view, keys, values, scores, routes, gate_scale, config.kernels)
     finite_values = merged.value.isfinite()
     is_finite = finite_scores & merged.key.isfinite().all() & finite_values.all()
     merged = merged._replace(value=torch.where(finite_values, merged.value, gather(values, routes.kept)))

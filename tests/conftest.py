@@ -1,10 +1,22 @@
 """Shared fixtures: the demo model, real text, and real servers."""
 
+import importlib
 import os
+import pkgutil
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels run in Triton's interpreter, here alone: servers that tests start do not inherit it.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import metasoft_kernels
+    import triton.experimental.gluon  # noqa: F401  (the interpreter would import it later)
+
+    for module in pkgutil.walk_packages(metasoft_kernels.__path__, "metasoft_kernels."):
+        importlib.import_module(module.name)
+    del os.environ["TRITON_INTERPRET"]
 
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.server import Server

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from sglang.srt.runtime_context import get_parallel
 
 from metasoft_patches.admission import bypass_reason
+from metasoft_patches.kernels import choose_kernels
 from metasoft_patches.metrics import Metrics, stage_of
 from metasoft_patches.model import check_model, model_shape
 from metasoft_patches.probe_forward import ProbeBackend, run_probe, visit_layers
@@ -17,13 +18,14 @@ from metasoft_patches.request import RequestState
 from metasoft_patches.served_model import LoadedModel
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
+from sglang_metasoft.batch import FusedBatch
 from sglang_metasoft.chains import Chain, make_virtual_ids
 from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig, settings_of
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.score import load_method
-from sglang_metasoft.types import Bypass, Job, Plan, Probe, Prompt
+from sglang_metasoft.types import Bypass, Job, LayerPool, Plan, Probe, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,14 @@ class SchedulerCompressor:
         reporter = scheduler.metrics_reporter
         has_metrics = reporter.current_scheduler_metrics_enabled
         self.metrics = Metrics(reporter.metrics_collector.labels) if has_metrics else None
-        logger.info("MetaSoft is active: %s; %s", self.method.description, config.describe())
+        self.kernels = choose_kernels(
+            config, self.method, self.shape.num_heads // size, max(self.shape.num_kv_heads // size, 1),
+            self.runner.dtype, self.committer.pool.dtype,
+        )  # fmt: skip
+        logger.info(
+            "MetaSoft is active: %s; %s; runs on %s",
+            self.method.description, config.describe(), self.kernels.description,
+        )  # fmt: skip
 
     def weights_changed(self) -> None:
         """Drop what was computed with the old weights: chains, and soft tokens drawn from the embedding table."""
@@ -208,19 +217,36 @@ class SchedulerCompressor:
         """
         jobs = [self._make_job(req, plan, slots) for req, plan, slots in items]
         trace = [[] for _ in jobs] if self.config.trace_dir else None
-        order = {id(job): number for number, job in enumerate(jobs)}
         finite = [[] for _ in jobs]
+        batch = self._fused_batch(jobs)
+        lengths = [job.probe.embeds.shape[0] for job in jobs]
 
-        def on_layer(job, layer, q, k, v, pool):
+        def on_layer(layer, q, k, v, pool):
             gate_scale = self.method.gate_scale(layer.layer_id, self.first_kv_head, layer.tp_k_head_num)
-            out, routes, merged, is_finite = compress_layer(
-                job, q, k, v, pool, self.method, self.config, gate_scale, layer.layer_id
-            )
-            finite[order[id(job)]].append(is_finite)
-            if trace is not None:
-                trace[order[id(job)]].append((routes.kept.cpu(), merged.key.cpu().clone(), merged.value.cpu().clone()))
-            self.committer.write(layer, job.new_slots, merged)
-            return out
+            if batch is not None:
+                out, consolidated, flags = batch.compress(q, k, v, pool, gate_scale, layer.layer_id)
+                for number, flag in enumerate(flags):
+                    finite[number].append(flag)
+                self.committer.move(
+                    pool, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values
+                )
+                if trace is not None:
+                    for number, kept in enumerate(batch.kept_of_jobs(consolidated.kept_rows)):
+                        trace[number].append((kept.cpu(), *read_entries(pool, jobs[number].new_slots, q.dtype)))
+                return out
+            outs = []
+            for number, (job, *tensors) in enumerate(
+                zip(jobs, q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+            ):
+                out, routes, merged, is_finite = compress_layer(
+                    job, *tensors, pool, self.method, self.config, gate_scale, layer.layer_id
+                )
+                finite[number].append(is_finite)
+                if trace is not None:
+                    trace[number].append((routes.kept.cpu(), merged.key.cpu().clone(), merged.value.cpu().clone()))
+                self.committer.write(layer, job.new_slots, merged)
+                outs.append(out)
+            return torch.cat(outs)
 
         backend = ProbeBackend(self.committer.req_to_token_pool, self.committer.pool, jobs, on_layer)
         rows = to_device([self.adapter.row_index(req) for req, _, _ in items], torch.int64, self.runner.device)
@@ -234,6 +260,10 @@ class SchedulerCompressor:
         if torch.device(self.runner.device).type != "cpu" or get_parallel().attn_tp_size > 1:
             return [True] * len(jobs)
         return [all(flags) for flags in finite]
+
+    def _fused_batch(self, jobs: list[Job]) -> FusedBatch | None:
+        attend = self.kernels.attend
+        return FusedBatch(jobs, self.method, self.config, attend, self.first_kv_head) if attend else None
 
     def _make_job(self, req, plan: Plan, slots: torch.Tensor) -> Job:
         state: RequestState = req.metasoft
@@ -370,6 +400,12 @@ class SchedulerCompressor:
             match_with(best)
         if best is not None:
             tree_cache.chains.touch(best)
+
+
+def read_entries(pool: LayerPool, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V at these slots, ``[B, G, d]`` on the host: for traces."""
+    scaled = ((pool.key, pool.key_scale), (pool.value, pool.value_scale))
+    return tuple((buffer[slots].to(dtype) * scale).cpu() for buffer, scale in scaled)
 
 
 def _reads_logprobs_inside(req, chain: Chain) -> bool:

@@ -16,11 +16,11 @@ from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.types import Job, LayerPool
 
-CompressLayer = Callable[[Job, object, torch.Tensor, torch.Tensor, torch.Tensor, LayerPool], torch.Tensor]
+CompressLayer = Callable[[object, torch.Tensor, torch.Tensor, torch.Tensor, LayerPool], torch.Tensor]
 
 
 class ProbeBackend(AttentionBackend):
-    """Attention of the probe tokens; ``compress_layer`` gets each job's slice of q, k, v and returns its output."""
+    """Attention of the probe tokens; ``compress_layer`` gets q, k, v of all jobs in turn and returns their output."""
 
     def __init__(self, req_to_token_pool, token_to_kv_pool, jobs: list[Job], compress_layer: CompressLayer) -> None:
         # Model code resolves the pools through the active backend.
@@ -44,28 +44,25 @@ class ProbeBackend(AttentionBackend):
         )
 
     def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        pool = self.layer_pool(layer)
-        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim).split(self.lengths)
-        keys = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim).split(self.lengths)
-        values = v.view(-1, layer.tp_v_head_num, layer.v_head_dim).split(self.lengths)
-        outs = [
-            self.compress_layer(job, layer, *tensors, pool)
-            for job, *tensors in zip(self.jobs, queries, keys, values, strict=True)
-        ]
-        return torch.cat(outs).reshape(q.shape[0], -1)
+        out = self.compress_layer(
+            layer,
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            k.view(-1, layer.tp_k_head_num, layer.qk_head_dim),
+            v.view(-1, layer.tp_v_head_num, layer.v_head_dim),
+            self.layer_pool(layer),
+        )
+        return out.reshape(q.shape[0], -1)
 
 
 def visit_layers(model_runner, backend: ProbeBackend) -> None:
     """Do what belongs to each layer without probe tokens: the model does not run."""
     for layer in attention_layers(model_runner.model):
-        pool = backend.layer_pool(layer)
         heads = layer.tp_q_head_num, layer.tp_k_head_num, layer.tp_v_head_num
         nothing = [
             torch.empty(0, number, layer.head_dim, dtype=model_runner.dtype, device=model_runner.device)
             for number in heads
         ]
-        for job in backend.jobs:
-            backend.compress_layer(job, layer, *nothing, pool)
+        backend.compress_layer(layer, *nothing, backend.layer_pool(layer))
 
 
 def run_probe(model_runner, backend: ProbeBackend, req_pool_indices: torch.Tensor, adapter: Adapter) -> None:

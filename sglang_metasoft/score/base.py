@@ -75,6 +75,11 @@ class Method:
         return type(self).__name__
 
     @property
+    def scores_by_attention(self) -> bool:
+        """Whether importance is the probe's mean attention and nothing else."""
+        return type(self).score is Method.score and type(self).score_layer is Method.score_layer
+
+    @property
     def description(self) -> str:
         """For the start-up log."""
         return self.identity
@@ -110,7 +115,7 @@ class Method:
         k_scale: float,
     ) -> Scores:
         """Importance of the span at one layer; shapes as :func:`metasoft_kernels.score.importance`."""
-        return Scores(importance(q, k_buffer, span_slots, lse, scale, k_scale))
+        return Scores(importance(q, k_buffer, span_slots, lse, scale, k_scale, self.config.kernels))
 
     def gate_scale(self, layer: int, first_kv_head: int, num_kv_heads: int) -> torch.Tensor | float:
         """Factor on the consolidation gate at ``layer`` for a rank's KV heads: a number or ``[G, 1]``."""

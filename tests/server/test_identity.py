@@ -45,7 +45,7 @@ def outputs(turns: list[tuple[dict, dict]]) -> list[list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def model_dir(model_dir, full_model_dir):
-    """All layers; ``METASOFT_FIRST_LAYERS=1`` takes the first ones, for a version that is checked beside the main one."""
+    """All layers; with ``METASOFT_FIRST_LAYERS=1`` the first, for a version that is checked beside the main one."""
     return model_dir if os.environ.get("METASOFT_FIRST_LAYERS") == "1" else full_model_dir
 
 

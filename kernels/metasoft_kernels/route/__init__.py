@@ -1,5 +1,32 @@
 """Attention flow: to which kept entries each dropped one goes."""
 
-from metasoft_kernels.route.naive import route
+import torch
+
+from metasoft_kernels.backend import uses_triton
+from metasoft_kernels.ragged import single
+from metasoft_kernels.route import fused, naive
 
 __all__ = ["route"]
+
+
+def route(
+    keys: torch.Tensor,
+    kept: torch.Tensor,
+    dropped: torch.Tensor,
+    targets: int,
+    scale: float,
+    kernels: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`metasoft_kernels.route.naive.route`, or its fused equal; ``kernels`` as in :mod:`.backend`.
+
+    The fused kernel gives the targets of an entry in no particular order, and a dropped key that is not finite a
+    weight of 0.
+    """
+    if not uses_triton(kernels, keys.device, keys.dtype):
+        return naive.route(keys, kept, dropped, targets, scale)
+    slots = torch.arange(keys.shape[0], device=keys.device)
+    axes = single(keys.device, kept.shape[1], dropped.shape[1])
+    dtype = keys.dtype if keys.dtype.itemsize > 1 else torch.bfloat16
+    rows = (kept.to(torch.int32).contiguous(), dropped.to(torch.int32).contiguous())
+    target, weight = fused.route(keys, slots, *rows, *axes, min(targets, kept.shape[1]), scale, dtype)
+    return target.clamp_max(kept.shape[1] - 1).to(torch.int64), weight

@@ -1,0 +1,244 @@
+"""What one compression costs on a GPU: bytes, flops and time of each stage, against what the hardware can do.
+
+    python benchmarks/kernels.py [--model llama-3.1-8b qwen3-8b] [--prompt-tokens 4096 32768 131072] [--ratio 4 8]
+
+Bytes and flops are counted from shapes: what a stage must at least read, write and multiply. On a GPU each stage is
+timed, and so are a copy, a bf16 product and this prompt's prefill (attention by FlashInfer, or by torch where that is
+absent, and the layer's products), all in the same run. Without a GPU, times are **projections**: the larger of bytes
+over an H200's nominal bandwidth and flops over its nominal dense bf16 rate. Each result is one line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+from metasoft_kernels.merge import fused as merge_kernels
+from metasoft_kernels.move import fused as move_kernels
+from metasoft_kernels.probe import fused as probe_kernels
+from metasoft_kernels.probe.flashinfer_probe import FlashInferProbe
+from metasoft_kernels.ragged import ragged
+from metasoft_kernels.route import fused as route_kernels
+from metasoft_kernels.score import fused as score_kernels
+from metasoft_kernels.select import fused as select_kernels
+from metasoft_kernels.select import naive as select_naive
+
+WINDOW, SINK, TARGETS, SOFT_TOKENS = 64, 4, 4, 32
+ENTRY_BYTES = 2  # bf16
+# NVIDIA's data sheet of the H200 SXM: HBM3e bandwidth, and bf16 tensor cores without sparsity.
+H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND = 4.8e12, 989e12
+REPEATS = 20
+
+
+class Model(NamedTuple):
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    head_dim: int
+    intermediate: int
+
+    @property
+    def layer_weights(self) -> int:
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.groups)
+        return attention + 3 * self.hidden * self.intermediate
+
+
+MODELS = {
+    "llama-3.1-8b": Model(32, 4096, 32, 8, 128, 14336),
+    "qwen3-8b": Model(36, 4096, 32, 8, 128, 12288),
+}
+
+
+class Cost(NamedTuple):
+    """What a stage must move and multiply, at least, in one layer."""
+
+    bytes: float
+    flops: float = 0.0
+
+
+def count(model: Model, tokens: int, ratio: int) -> dict[str, Cost]:
+    """Each stage's cost for one layer of one prompt, in order."""
+    span = tokens - WINDOW
+    kept = -(-tokens // ratio) - WINDOW
+    dropped = span - kept
+    groups, d, rows = model.groups, model.head_dim, SOFT_TOKENS * model.heads
+    entry = groups * d * ENTRY_BYTES  # K or V of one token
+    pairs = dropped * groups * TARGETS
+    layer = {
+        "probe": Cost(2 * tokens * entry, 4 * tokens * rows * d),
+        "score": Cost(span * entry + 4 * span * groups, 2 * span * rows * d),
+        "select": Cost(5 * 4 * span * groups + 4 * span * groups),
+        "route": Cost((dropped + kept) * entry + 8 * pairs, 2 * dropped * kept * groups * d),
+        # Sort by key (4 bytes) with its place (8 bytes), each read and written once per 8 of 32 bits; then each V once.
+        "merge": Cost(pairs * 12 * 2 * 4 + pairs * 8 + (dropped + 2 * kept) * entry, 2 * pairs * d),
+        "move": Cost(4 * kept * entry),
+    }
+    return layer
+
+
+def prefill_flops(model: Model, tokens: int) -> tuple[float, float]:
+    """One layer's products with weights, and its causal attention."""
+    return 2 * tokens * model.layer_weights, 2 * tokens**2 * model.heads * model.head_dim
+
+
+def probe_flops(model: Model) -> float:
+    """The probe tokens' own pass through one layer's weights."""
+    return 2 * SOFT_TOKENS * model.layer_weights
+
+
+def milliseconds(run, repeats: int = REPEATS) -> float:
+    """Median device time."""
+    run()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measure_device() -> Cost:
+    """Bytes per second of a large copy (read and write counted), and flops per second of a large bf16 product."""
+    source = torch.empty(2**29, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    copy_ms = milliseconds(lambda: target.copy_(source))
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    product_ms = milliseconds(lambda: a @ b)
+    return Cost(2 * source.numel() * 2 / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3)
+
+
+def measure_stages(model: Model, tokens: int, ratio: int) -> dict[str, float]:
+    """Milliseconds of each stage for one layer of one prompt whose slots are scattered over the pool."""
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    heads, groups, d = model.heads, model.groups, model.head_dim
+    span_tokens, kept_slots = tokens - WINDOW, -(-tokens // ratio) - WINDOW
+    key, value = (torch.randn(2 * tokens, groups, d, dtype=dtype, device=device) for _ in range(2))
+    slots = torch.randperm(2 * tokens, device=device)
+    context_slots, span_slots = slots[:tokens].contiguous(), slots[:span_tokens].contiguous()
+    new_slots = slots[tokens:][:kept_slots].contiguous()
+    q = torch.randn(SOFT_TOKENS, heads, d, dtype=dtype, device=device)
+    k, v = (torch.randn(SOFT_TOKENS, groups, d, dtype=dtype, device=device) for _ in range(2))
+    lengths = [SOFT_TOKENS, tokens, span_tokens, kept_slots, span_tokens - kept_slots]
+    probe, context, span, kept, dropped = ragged(device, *([length] for length in lengths))
+    sinks = torch.full((1,), SINK, dtype=torch.int32, device=device)
+    scale, gate = d**-0.5, torch.ones(groups, device=device)
+
+    own_probe = (q, key, value, context_slots, k, v, probe, context, scale)
+    _, lse = probe_kernels.attend(*own_probe)
+    score = (q, key, span_slots, lse, probe, span, scale)
+    mass = score_kernels.importance(*score)
+    kept_rows, dropped_rows = select_kernels.split_top(mass, sinks, span, kept, dropped)
+    route = (key, span_slots, kept_rows, dropped_rows, kept, dropped, TARGETS, scale, dtype)
+    target, weight = route_kernels.route(*route)
+    merge = (value, span_slots, mass, kept_rows, dropped_rows, target, weight, kept, gate, 1.0, dtype)
+    merged, _ = merge_kernels.attention_flow(*merge)
+    times = {
+        "probe": milliseconds(lambda: probe_kernels.attend(*own_probe)),
+        "score": milliseconds(lambda: score_kernels.importance(*score)),
+        "select": milliseconds(lambda: select_kernels.split_top(mass, sinks, span, kept, dropped)),
+        "route": milliseconds(lambda: route_kernels.route(*route), 5),
+        "merge": milliseconds(lambda: merge_kernels.attention_flow(*merge)),
+        "move": milliseconds(lambda: move_kernels.move(key, value, span_slots, kept_rows, new_slots, merged)),
+        "select_by_torch_sort": milliseconds(lambda: select_naive.split_top(mass, kept_slots, SINK)),
+        "select_by_torch_topk": milliseconds(lambda: topk_of_composite_keys(mass, kept_slots)),
+    }
+    try:
+        flashinfer = FlashInferProbe(heads, groups, d, dtype, dtype, device)
+        times["probe_by_flashinfer"] = milliseconds(lambda: flashinfer.attend(*own_probe))
+    except Exception as error:  # absent, or without kernels for this GPU
+        print(f"FlashInfer not measured: {type(error).__name__}: {error}", flush=True)
+    return times
+
+
+def topk_of_composite_keys(mass: torch.Tensor, kept: int) -> torch.Tensor:
+    """A library's top-k made deterministic: the entry's own number, reversed, below its importance's bits."""
+    place = torch.arange(mass.shape[1] - 1, -1, -1, device=mass.device)
+    composite = (mass.view(torch.int32).to(torch.int64) << 32) | place
+    return composite.topk(kept, dim=1, sorted=False).indices.sort(dim=1).values
+
+
+def measure_prefill(model: Model, tokens: int) -> float:
+    """Milliseconds of one layer: its products, and causal attention."""
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    hidden = torch.randn(tokens, model.hidden, dtype=dtype, device=device)
+    attention_width = model.heads * model.head_dim
+    shapes = [
+        (model.hidden, attention_width + 2 * model.groups * model.head_dim), (attention_width, model.hidden),
+        (model.hidden, 2 * model.intermediate), (model.intermediate, model.hidden),
+    ]  # fmt: skip
+    total = 0.0
+    for rows, columns in shapes:
+        weight = torch.randn(rows, columns, dtype=dtype, device=device)
+        given = hidden if rows == model.hidden else torch.randn(tokens, rows, dtype=dtype, device=device)
+        total += milliseconds(lambda given=given, weight=weight: given @ weight, 5)
+    del given, weight, hidden
+    q = torch.randn(tokens, model.heads, model.head_dim, dtype=dtype, device=device)
+    k, v = (torch.randn(tokens, model.groups, model.head_dim, dtype=dtype, device=device) for _ in range(2))
+    try:
+        from flashinfer import single_prefill_with_kv_cache
+
+        return total + milliseconds(lambda: single_prefill_with_kv_cache(q, k, v, causal=True), 5)
+    except Exception as error:  # absent, or without kernels for this GPU
+        print(f"Prefill's attention by torch, not FlashInfer: {type(error).__name__}: {error}", flush=True)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return total + milliseconds(lambda: attend(q, k, v, is_causal=True, enable_gqa=True), 5)
+
+
+def report(name: str, tokens: int, ratio: int, device: Cost | None) -> dict:
+    """One configuration; shares are of what the device was measured, or is said, to do."""
+    model = MODELS[name]
+    costs = count(model, tokens, ratio)
+    peak = device or Cost(H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND)
+    floors = {stage: 1e3 * max(cost.bytes / peak.bytes, cost.flops / peak.flops) for stage, cost in costs.items()}
+    times = measure_stages(model, tokens, ratio) if device else floors
+    prefill_ms = measure_prefill(model, tokens) if device else 1e3 * sum(prefill_flops(model, tokens)) / peak.flops
+    # The probe tokens pass through the weights too: bound by reading them once.
+    body_ms = 1e3 * max(model.layer_weights * ENTRY_BYTES / peak.bytes, probe_flops(model) / peak.flops)
+    stages = {
+        stage: {
+            "mega_bytes": round(cost.bytes / 1e6, 1),
+            "giga_flops": round(cost.flops / 1e9, 1),
+            "microseconds": round(1e3 * times[stage], 1),
+            "share_of_roofline": round(floors[stage] / times[stage], 2) if device else None,
+        }
+        for stage, cost in costs.items()
+    }
+    whole_ms = sum(times[stage] for stage in costs)
+    return {
+        "times": "measured" if device else "PROJECTED from nominal H200 peaks, nothing was run",
+        "model": name, "prompt_tokens": tokens, "ratio": ratio, "stages_of_a_layer": stages,
+        "others_microseconds": {key: round(1e3 * value, 1) for key, value in times.items() if key not in costs},
+        "compression_ms": round(model.layers * (whole_ms + body_ms), 2),
+        "prefill_ms": round(model.layers * prefill_ms, 1),
+        "compression_percent_of_prefill": round(100 * (whole_ms + body_ms) / prefill_ms, 2),
+        "probe_percent_of_prefill": round(100 * (times["probe"] + body_ms) / prefill_ms, 2),
+        "probe_attention_percent_of_prefill": round(100 * times["probe"] / prefill_ms, 2),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[4096, 32_768, 131_072])
+    parser.add_argument("--ratio", nargs="+", type=int, default=[4, 8])
+    args = parser.parse_args()
+    device = measure_device() if torch.cuda.is_available() else None
+    about = {"device": torch.cuda.get_device_name() if device else "none", "date": time.strftime("%Y-%m-%d")}
+    if device:
+        about |= {"copy_tb_per_s": round(device.bytes / 1e12, 2), "bf16_tflops": round(device.flops / 1e12, 1)}
+    print(json.dumps(about), flush=True)
+    for name in args.model:
+        for tokens in args.prompt_tokens:
+            for ratio in args.ratio:
+                print(json.dumps(report(name, tokens, ratio, device)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

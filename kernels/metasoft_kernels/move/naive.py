@@ -1,0 +1,37 @@
+"""Writing the consolidated entries in torch."""
+
+import torch
+
+
+def move(
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    slots: torch.Tensor,
+    kept: torch.Tensor,
+    new_slots: torch.Tensor,
+    values: torch.Tensor | None = None,
+    v_scale: float = 1.0,
+) -> None:
+    """Write each head's kept keys, and its merged or kept values, into new slots of the same pool.
+
+    Keys keep their bits, as do values that are not given; given ones are divided by the scale and cast, as SGLang's
+    ``set_kv_buffer`` does.
+
+    Args:
+        k_buffer, v_buffer: ``[slots, G, d]`` one layer of the pool; written at ``new_slots`` alone.
+        slots: ``[S]`` slots of the span.
+        kept: ``[G, B]`` int64.
+        new_slots: ``[B]``, none of them among ``slots``.
+        values: ``[B, G, d]`` merged values.
+        v_scale: what quantised pool entries are multiplied by on reading.
+    """
+    head = torch.arange(k_buffer.shape[1], device=k_buffer.device)
+    sources = slots[kept].t()  # [B, G]
+    bits = torch.uint8 if k_buffer.dtype.itemsize == 1 else k_buffer.dtype  # float8 has no indexing
+    k_buffer.view(bits)[new_slots] = k_buffer.view(bits)[sources, head]
+    if values is None:
+        v_buffer.view(bits)[new_slots] = v_buffer.view(bits)[sources, head]
+        return
+    if values.dtype != v_buffer.dtype:
+        values = (values / v_scale).to(v_buffer.dtype)
+    v_buffer.view(bits)[new_slots] = values.view(bits)

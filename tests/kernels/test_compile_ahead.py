@@ -1,0 +1,49 @@
+"""Every kernel compiles for sm_80 and sm_90 without a GPU, and fits: the interpreter would not notice otherwise."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.compile_ahead import SHAPES, SHARED_LIMIT_BYTES
+
+KERNELS = {"attend_part", "merge_parts", "importance", "split_top", "route", "carry", "flow", "move"}
+# Bytes of a thread's local memory: more would be an accumulator that does not fit registers.
+LOCAL_LIMIT_BYTES = 128
+ROOT = Path(__file__).parents[2]
+
+
+def compile_shape(number: int, *flags: str) -> list[dict]:
+    """In a process of its own: in this one kernels may be the interpreter's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
+    command = [sys.executable, "tests/kernels/compile_ahead.py", "--shapes", str(number), *flags]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def assert_fits(rows: list[dict]) -> None:
+    for row in rows:
+        assert row["shared_bytes"] <= SHARED_LIMIT_BYTES[row["sm"]], row
+        assert row["local_bytes"] <= LOCAL_LIMIT_BYTES, row
+
+
+def test_a_layer_of_llama_8b():
+    rows = compile_shape(0)
+    assert {(row["kernel"], row["sm"]) for row in rows} == {(name, sm) for name in KERNELS for sm in (80, 90)}
+    assert_fits(rows)
+    for row in rows:
+        expected = {80: "mma", 90: "wgmma"}[row["sm"]]
+        assert row["tensor_core"] == (expected if row["kernel"] in ("attend_part", "importance", "route") else ""), row
+
+
+@pytest.mark.parametrize("number", range(1, len(SHAPES)), ids=lambda number: "-".join(map(str, SHAPES[number])))
+@pytest.mark.slow
+def test_other_shapes(number):
+    rows = compile_shape(number)
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert_fits(rows)

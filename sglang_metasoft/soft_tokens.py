@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sglang_metasoft.config import shown
+from sglang_metasoft.entry_scorer import MODES, EntryScorer
 from sglang_metasoft.score.base import Embed
 from sglang_metasoft.types import ModelShape
 
-FORMAT = "metasoft-compressor-1"
+FORMAT = "metasoft-compressor-2"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 LIBRARY_ROWS = 512
@@ -42,6 +43,8 @@ class SoftTokens(nn.Module):
         trunk: width of the selector's hidden layer.
         query: width in which soft tokens and library rows are matched.
         top: library rows that one soft token is composed of.
+        scorer: width of the entry scorer, 0 for none.
+        head_dim: d of the model, for the entry scorer.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class SoftTokens(nn.Module):
         trunk: int = 256,
         query: int = 32,
         top: int = 8,
+        scorer: int = 0,
+        head_dim: int = 1,
     ) -> None:
         super().__init__()
         self.count, self.query, self.top = count, query, min(top, rows)
@@ -66,14 +71,17 @@ class SoftTokens(nn.Module):
             trunk=trunk,
             query=query,
             top=top,
+            scorer=scorer,
+            head_dim=head_dim,
         )
         self.library = nn.Parameter(torch.empty(rows, hidden_size))
         self.trunk = nn.Linear(2 * hidden_size, trunk)
         self.to_query = nn.Linear(trunk, count * query)
         self.row_keys = nn.Parameter(torch.empty(rows, query))
-        self.bias = nn.Parameter(torch.empty(count, rows))
+        self.bias = nn.Parameter(torch.empty(MODES, count, rows))
         self.norm = nn.Parameter(torch.ones(()))
         self.gate_scale = nn.Parameter(torch.ones(num_layers, num_kv_heads))
+        self.scorer = EntryScorer(num_layers, num_kv_heads, head_dim, scorer) if scorer else None
         # A few rows of the model's embedding table, to recognise the model again.
         self.register_buffer("embedding_check", torch.zeros(CHECK_ROWS, hidden_size))
 
@@ -83,10 +91,10 @@ class SoftTokens(nn.Module):
         means = torch.stack([total / span_ids.numel(), embed(tail_ids).float().mean(0)])
         return nn.functional.rms_norm(means, means.shape[-1:]).flatten()
 
-    def selection_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """``[k, M]`` logits over the library rows from ``[2 D]`` features."""
+    def selection_logits(self, features: torch.Tensor, mode: int = 0) -> torch.Tensor:
+        """``[k, M]`` logits over the library rows from ``[2 D]`` features; mode 1 is a span that ends at a boundary."""
         queries = self.to_query(nn.functional.silu(self.trunk(features))).view(self.count, self.query)
-        return queries @ self.row_keys.t() + self.bias
+        return queries @ self.row_keys.t() + self.bias[mode]
 
     def compose(self, logits: torch.Tensor) -> torch.Tensor:
         """``[k, D]`` soft tokens: softmax over the best ``top`` rows of each, times the learned norm."""
@@ -95,9 +103,9 @@ class SoftTokens(nn.Module):
         return self.norm * (weights @ self.library)
 
     @torch.no_grad()
-    def forward(self, embed: Embed, span_ids: torch.Tensor, tail_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, embed: Embed, span_ids: torch.Tensor, tail_ids: torch.Tensor, mode: int = 0) -> torch.Tensor:
         """``[k, D]`` float32 soft tokens for a prompt."""
-        return self.compose(self.selection_logits(self.features(embed, span_ids, tail_ids)))
+        return self.compose(self.selection_logits(self.features(embed, span_ids, tail_ids), mode))
 
     @property
     def fingerprint(self) -> str:

@@ -14,8 +14,12 @@ from typing import Any
 METHODS = {  # loaded lazily by sglang_metasoft.score.load_method
     "metasoft": "sglang_metasoft.score.metasoft:MetaSoft",
     "snapkv": "sglang_metasoft.score.snapkv:SnapKV",
+    "streaming_llm": "sglang_metasoft.score.streaming_llm:StreamingLLM",
 }
-CONSOLIDATIONS = ("none", "attention_flow")
+CONSOLIDATIONS = {  # loaded lazily by sglang_metasoft.merge.load_consolidation
+    "none": None,
+    "attention_flow": "metasoft_kernels.merge:attention_flow",
+}
 NO_COMPRESSION = 1
 NUMBER_LIMIT = 2**63  # what a request carries must fit SGLang's messages between processes
 SHOWN_CHARS = 200
@@ -125,7 +129,7 @@ class MetaSoftConfig:
         None,
         flag=None,
         allowed=f"one of: {', '.join(CONSOLIDATIONS)}",
-        check=_or_none(lambda value: value in CONSOLIDATIONS),
+        check=_or_none(lambda value: isinstance(value, str) and value in CONSOLIDATIONS),
         help="What happens to the values of dropped entries. Default: the method's own.",
     )
     soft_tokens: int = _setting(

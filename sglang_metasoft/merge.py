@@ -1,12 +1,55 @@
-"""K, V, Routes -> MergedKV: the consolidated entries of one layer."""
+"""K, V, Routes -> MergedKV: the consolidated entries of one layer.
+
+A consolidation is a function in :data:`sglang_metasoft.config.CONSOLIDATIONS`; the names of its parameters say what it
+is given. It returns the kept entries' new values, ``[B, G, d]`` float32.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from metasoft_kernels.merge import attention_flow, gather
+from metasoft_kernels.merge import gather
 
-from sglang_metasoft.types import MergedKV, Routes, Scores
+from sglang_metasoft.config import CONSOLIDATIONS
+from sglang_metasoft.types import LayerView, MergedKV, Routes, Scores
+
+
+class Consolidation(NamedTuple):
+    """What to do with the values of dropped entries, and which of :func:`consolidate`'s tensors that takes."""
+
+    function: Callable[..., torch.Tensor] | None
+    inputs: tuple[str, ...]
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether there have to be probe tokens, whatever the method."""
+        return "q" in self.inputs
+
+
+@functools.cache
+def load_consolidation(name: str) -> Consolidation:
+    """The consolidation of this name.
+
+    Raises:
+        ValueError: there is none; the message lists those that exist.
+    """
+    if name not in CONSOLIDATIONS:
+        raise ValueError(
+            f"metasoft consolidation: {name!r} is not allowed; allowed: one of: {', '.join(CONSOLIDATIONS)}"
+        )
+    if CONSOLIDATIONS[name] is None:
+        return Consolidation(None, ())
+    module, attribute = CONSOLIDATIONS[name].split(":")
+    function = getattr(importlib.import_module(module), attribute)
+    return Consolidation(function, tuple(inspect.signature(function).parameters))
 
 
 def consolidate(
+    consolidation: Consolidation,
+    view: LayerView,
     keys: torch.Tensor,
     values: torch.Tensor,
     scores: Scores,
@@ -16,15 +59,28 @@ def consolidate(
     """Gather each head's kept keys, and its kept values with what flowed into them.
 
     Args:
+        view: the layer's probe: ``q`` ``[t, H, d]``, ``lse`` ``[t, H]``, ``scale`` and ``seen_tokens``.
         keys, values: ``[S, G, d]`` of the span.
-        scores: importance ``[G, S]``.
-        routes: with no targets the values stay as they are.
+        scores: its mass ``[G, S]`` goes by the name ``importance``.
+        routes: ``kept``, ``dropped``, ``targets``, ``weights``.
         gate_scale: factor on the gate, a number or ``[G, 1]``.
 
     Returns:
         ``[B, G, d]`` keys and values in the dtype of the input.
     """
     kept_keys = gather(keys, routes.kept)
-    if routes.targets.shape[-1] == 0:
+    if consolidation.function is None or routes.dropped.shape[1] == 0:
         return MergedKV(kept_keys, gather(values, routes.kept))
-    return MergedKV(kept_keys, attention_flow(values, scores.importance, *routes, gate_scale).to(values.dtype))
+    available = dict(
+        keys=keys,
+        values=values,
+        importance=scores.mass,
+        gate_scale=gate_scale,
+        q=view.q,
+        lse=view.lse,
+        scale=view.pool.scale,
+        seen_tokens=view.seen_tokens,
+        **routes._asdict(),
+    )
+    merged = consolidation.function(**{name: available[name] for name in consolidation.inputs})
+    return MergedKV(kept_keys, merged.to(values.dtype))

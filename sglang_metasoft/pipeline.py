@@ -5,10 +5,10 @@ from metasoft_kernels.merge import gather
 from metasoft_kernels.probe import attend
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.merge import consolidate
+from sglang_metasoft.merge import consolidate, load_consolidation
 from sglang_metasoft.route import choose_routes
 from sglang_metasoft.score.base import Method
-from sglang_metasoft.types import Job, LayerPool, MergedKV, Routes, Scores
+from sglang_metasoft.types import Job, LayerPool, LayerView, MergedKV, Routes, Scores
 
 
 def compress_layer(
@@ -20,6 +20,7 @@ def compress_layer(
     method: Method,
     config: MetaSoftConfig,
     gate_scale: torch.Tensor | float,
+    layer: int = 0,
 ) -> tuple[torch.Tensor, Routes, MergedKV, torch.Tensor]:
     """Probe one layer of one request's KV and consolidate its span.
 
@@ -27,28 +28,35 @@ def compress_layer(
 
     Args:
         job: where the entries lie.
-        q: ``[t, H, d]`` queries of the probe tokens after RoPE.
+        q: ``[t, H, d]`` queries of the probe tokens after RoPE; t may be 0.
         k_new, v_new: ``[t, G, d]`` their keys and values.
         pool: the layer's buffers; only read.
         gate_scale: the method's factor on the gate for this layer's heads.
+        layer: its number in the model.
 
     Returns:
         The probe tokens' attention output ``[t, H, d]``, the routes, the entries to write, and whether everything
         was finite: a bool tensor on the device, for callers that can read it without waiting.
     """
-    out, lse = attend(
-        q, pool.key, pool.value, job.context_slots, k_new, v_new, pool.scale, pool.key_scale, pool.value_scale
-    )
-    raw = method.score(q, pool.key, job.span_slots, lse, pool.scale, pool.key_scale).importance
-    scores = Scores(raw.nan_to_num(0.0, 0.0, 0.0))
+    if q.shape[0]:
+        out, lse = attend(
+            q, pool.key, pool.value, job.context_slots, k_new, v_new, pool.scale, pool.key_scale, pool.value_scale
+        )
+    else:
+        out, lse = q, q.new_empty(q.shape[:2], dtype=torch.float32)
+    view = LayerView(job, pool, q, lse, layer)
+    raw = method.score_layer(view)
+    raw_mass = raw.importance if raw.mass is None else raw.mass
+    finite_scores = raw.importance.isfinite().all() & raw_mass.isfinite().all()
+    scores = Scores(raw.importance.nan_to_num(0.0, 0.0, 0.0), raw_mass.nan_to_num(0.0, 0.0, 0.0))
     keys = _read(pool.key, job.span_slots, pool.key_scale, q.dtype)
     values = _read(pool.value, job.span_slots, pool.value_scale, q.dtype)
-    consolidation = config.consolidation or method.default_consolidation
-    targets = config.route_targets if consolidation == "attention_flow" else 0
+    consolidation = load_consolidation(config.consolidation or method.default_consolidation)
+    targets = config.route_targets if "targets" in consolidation.inputs else 0
     routes = choose_routes(job.plan, scores, keys, targets, pool.scale)
-    merged = consolidate(keys, values, scores, routes, gate_scale)
+    merged = consolidate(consolidation, view, keys, values, scores, routes, gate_scale)
     finite_values = merged.value.isfinite()
-    is_finite = raw.isfinite().all() & merged.key.isfinite().all() & finite_values.all()
+    is_finite = finite_scores & merged.key.isfinite().all() & finite_values.all()
     merged = merged._replace(value=torch.where(finite_values, merged.value, gather(values, routes.kept)))
     return out, routes, merged, is_finite
 

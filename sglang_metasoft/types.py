@@ -80,6 +80,10 @@ class Prompt(NamedTuple):
         """The last ``window`` tokens before the probe: of the tail, or of the span where that has none."""
         return (self.tail_ids if self.tail_ids.numel() else self.span_ids)[-window:]
 
+    def last_raw_ids(self, tokens: int) -> torch.Tensor:
+        """The last ``tokens`` tokens before the probe that are still raw: the tail and, before it, the span."""
+        return torch.cat([self.span_ids, self.tail_ids])[-tokens:]
+
 
 class Probe(NamedTuple):
     """The tokens that probe one prompt."""
@@ -99,6 +103,13 @@ class LayerPool(NamedTuple):
     value_scale: float
 
 
+class Rope(NamedTuple):
+    """The model's rotary position embedding."""
+
+    cos_sin: torch.Tensor  # [positions, rotated] cosines, then sines
+    is_neox: bool  # a dimension turns with the one half the rotated width away, else with its neighbour
+
+
 class Job(NamedTuple):
     """One request's compression: where its entries lie and where the consolidated ones go."""
 
@@ -109,10 +120,26 @@ class Job(NamedTuple):
     new_slots: torch.Tensor  # [B] int64
 
 
-class Scores(NamedTuple):
-    """Importance of every span entry: ``[G, S]`` float32."""
+class LayerView(NamedTuple):
+    """What a method may look at to score one layer of a span."""
 
-    importance: torch.Tensor
+    job: Job
+    pool: LayerPool
+    q: torch.Tensor  # [t, H, d] of the probe tokens, RoPE included; t = 0 if nothing probes
+    lse: torch.Tensor  # [t, H] float32, log-sum-exp over everything that a probe token sees
+    layer: int
+
+    @property
+    def seen_tokens(self) -> int:
+        """Span entries before the first probe token; probe token j sees ``seen_tokens + j + 1`` of them, at most S."""
+        return self.job.probe.context_slots - self.job.plan.start_slots
+
+
+class Scores(NamedTuple):
+    """What a layer's span entries are worth."""
+
+    importance: torch.Tensor  # [G, S] float32: the best are kept
+    mass: torch.Tensor | None = None  # [G, S] float32 >= 0: attention an entry stands for; None: its importance
 
 
 class Routes(NamedTuple):

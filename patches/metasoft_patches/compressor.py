@@ -12,16 +12,18 @@ from sglang.srt.runtime_context import get_parallel
 from metasoft_patches.admission import bypass_reason
 from metasoft_patches.metrics import Metrics
 from metasoft_patches.model import check_model, model_shape
-from metasoft_patches.probe_forward import ProbeBackend, run_probe
+from metasoft_patches.probe_forward import ProbeBackend, run_probe, visit_layers
 from metasoft_patches.request import RequestState
+from metasoft_patches.served_model import LoadedModel
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.chains import Chain, make_virtual_ids
 from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.score import load_method
-from sglang_metasoft.types import Bypass, Job, Plan, Prompt
+from sglang_metasoft.types import Bypass, Job, Plan, Probe, Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ class SchedulerCompressor:
         self.shape = model_shape(scheduler.model_config)
         check_model(self.runner.model, self.committer.pool, self.shape)
         self.method = self._load_method()
+        consolidation = load_consolidation(config.consolidation or self.method.default_consolidation)
+        self.has_probe = self.method.needs_probe or consolidation.needs_probe
         rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
         self.first_kv_head = rank * self.shape.num_kv_heads // size
         self.trace_rank = rank
@@ -69,7 +73,10 @@ class SchedulerCompressor:
         self.method = self._load_method()
 
     def _load_method(self):
-        return load_method(self.config.method)(self.config, self.shape, self._embed, torch.device(self.runner.device))
+        device = torch.device(self.runner.device)
+        method = load_method(self.config.method)(self.config, self.shape, self._embed, device)
+        method.prepare(LoadedModel(self.scheduler, self.adapter, self._embed))
+        return method
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -187,7 +194,9 @@ class SchedulerCompressor:
 
         def on_layer(job, layer, q, k, v, pool):
             gate_scale = self.method.gate_scale(layer.layer_id, self.first_kv_head, layer.tp_k_head_num)
-            out, routes, merged, is_finite = compress_layer(job, q, k, v, pool, self.method, self.config, gate_scale)
+            out, routes, merged, is_finite = compress_layer(
+                job, q, k, v, pool, self.method, self.config, gate_scale, layer.layer_id
+            )
             finite[order[id(job)]].append(is_finite)
             if trace is not None:
                 trace[order[id(job)]].append((routes.kept.cpu(), merged.key.cpu().clone(), merged.value.cpu().clone()))
@@ -196,7 +205,10 @@ class SchedulerCompressor:
 
         backend = ProbeBackend(self.committer.req_to_token_pool, self.committer.pool, jobs, on_layer)
         rows = to_device([self.adapter.row_index(req) for req, _, _ in items], torch.int64, self.runner.device)
-        run_probe(self.runner, backend, rows, self.adapter)
+        if self.has_probe:
+            run_probe(self.runner, backend, rows, self.adapter)
+        else:
+            visit_layers(self.runner, backend)
         if trace is not None:
             for (req, plan, _), layers in zip(items, trace, strict=True):
                 self._write_trace(req, plan, layers)
@@ -214,14 +226,17 @@ class SchedulerCompressor:
             context_slots, context_tokens = plan.end_slots, span_end
         # Outputs of a retracted request come after the prompt; they are part of the tail.
         ids = state.raw_ids + req.output_ids
-        probe = self.method.probe(
-            Prompt(
-                span_ids=to_device(ids[chain_tokens:span_end], torch.int64, self.runner.device),
-                tail_ids=to_device(ids[span_end:context_tokens], torch.int64, self.runner.device),
-                context_slots=context_slots,
-                context_tokens=context_tokens,
+        if self.has_probe:
+            probe = self.method.probe(
+                Prompt(
+                    span_ids=to_device(ids[chain_tokens:span_end], torch.int64, self.runner.device),
+                    tail_ids=to_device(ids[span_end:context_tokens], torch.int64, self.runner.device),
+                    context_slots=context_slots,
+                    context_tokens=context_tokens,
+                )
             )
-        )
+        else:
+            probe = Probe(torch.empty(0, self.shape.hidden_size), context_slots, context_tokens)
         row = self.committer.row(req)
         return Job(
             plan=plan,

@@ -20,7 +20,7 @@ from sglang_metasoft.config import (
     shown,
 )
 from sglang_metasoft.radix import BACKEND_NAME, make_factory
-from sglang_metasoft.soft_tokens import check_compressor
+from sglang_metasoft.score import load_method
 
 ENABLE_FLAG = "--enable-metasoft"
 PREFIX = "metasoft_"
@@ -155,8 +155,7 @@ def check_server(result, server_args) -> None:
     verify_hooks(adapter.targets_of("flags", "frontend"))
     settings, model_config = adapter.settings(server_args)
     compat.check_features(settings, model_config)
-    if config.path is not None:
-        check_compressor(config.path, model_shape(model_config))
+    load_method(config.method).check(config, model_shape(model_config), settings.tp_size)
 
 
 def configure_scheduler(result, server_args, *args, **kwargs) -> None:

@@ -20,6 +20,11 @@ def model_shape(model_config) -> ModelShape:
     )
 
 
+def attention_layers(model) -> list[RadixAttention]:
+    """The model's attention layers, in order."""
+    return [module for module in model.modules() if isinstance(module, RadixAttention)]
+
+
 def check_model(model, pool, shape: ModelShape) -> None:
     """Refuse a model or a KV pool that compression cannot serve.
 
@@ -37,7 +42,7 @@ def check_model(model, pool, shape: ModelShape) -> None:
         )
     if not hasattr(getattr(model, "model", None), "embed_tokens"):
         raise ValueError(f"--enable-metasoft: model class {type(model).__name__} is not supported: no decoder body")
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    layers = attention_layers(model)
     unusual = [
         layer.layer_id
         for layer in layers

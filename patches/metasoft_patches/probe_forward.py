@@ -11,6 +11,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from metasoft_patches.model import attention_layers
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.types import Job, LayerPool
@@ -32,14 +33,18 @@ class ProbeBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch) -> None:
         """Nothing to plan."""
 
-    def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
-        pool = LayerPool(
+    def layer_pool(self, layer) -> LayerPool:
+        """The pool's buffers of one layer."""
+        return LayerPool(
             key=self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             value=self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             scale=layer.scaling,
             key_scale=layer.k_scale_float or 1.0,
             value_scale=layer.v_scale_float or 1.0,
         )
+
+    def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):
+        pool = self.layer_pool(layer)
         queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim).split(self.lengths)
         keys = k.view(-1, layer.tp_k_head_num, layer.qk_head_dim).split(self.lengths)
         values = v.view(-1, layer.tp_v_head_num, layer.v_head_dim).split(self.lengths)
@@ -48,6 +53,19 @@ class ProbeBackend(AttentionBackend):
             for job, *tensors in zip(self.jobs, queries, keys, values, strict=True)
         ]
         return torch.cat(outs).reshape(q.shape[0], -1)
+
+
+def visit_layers(model_runner, backend: ProbeBackend) -> None:
+    """Do what belongs to each layer without probe tokens: the model does not run."""
+    for layer in attention_layers(model_runner.model):
+        pool = backend.layer_pool(layer)
+        heads = layer.tp_q_head_num, layer.tp_k_head_num, layer.tp_v_head_num
+        nothing = [
+            torch.empty(0, number, layer.head_dim, dtype=model_runner.dtype, device=model_runner.device)
+            for number in heads
+        ]
+        for job in backend.jobs:
+            backend.compress_layer(job, layer, *nothing, pool)
 
 
 def run_probe(model_runner, backend: ProbeBackend, req_pool_indices: torch.Tensor, adapter: Adapter) -> None:

@@ -1,21 +1,54 @@
 """What a method has to say: which tokens probe the prompt, and how their attention becomes importance."""
 
-import abc
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from metasoft_kernels.score import importance
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.types import ModelShape, Probe, Prompt, Scores
+from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Rope, Scores
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Method(abc.ABC):
+class ServedModel(Protocol):
+    """What a method may ask of the loaded model before the first prompt."""
+
+    def rope(self) -> Rope:
+        """The rotary embedding. Raises ValueError if the model has none, or several."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Raises ValueError if the server has no tokenizer."""
+
+    def queries(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Run ``[n]`` token ids through the model: for each layer ``[n, H, d]`` queries after RoPE, of this rank."""
+
+
+class Method:
     """Base of all methods. Constructed once per scheduler process, from the same inputs on every rank."""
 
     default_consolidation = "attention_flow"
+    needs_probe = True  # else the entries alone decide, and the model does not run
+    needs_all_heads = False  # a head's importance depends on other heads, which other ranks may hold
+    reads_path = False  # loads a trained compressor from ``--metasoft-path``
+
+    @classmethod
+    def check(cls, config: MetaSoftConfig, shape: ModelShape, tp_size: int) -> None:
+        """Refuse settings before any model loads.
+
+        Raises:
+            ValueError: one sentence with the setting and what is allowed.
+        """
+        if config.path is not None and not cls.reads_path:
+            raise ValueError(
+                f"metasoft path: {config.path!r} is given, but method {config.method} is not trained and reads no path"
+            )
+        if cls.needs_all_heads and tp_size > 1:
+            raise ValueError(
+                f"metasoft method: {config.method} compares heads that tensor parallelism spreads over ranks; "
+                f"allowed: --tp-size 1, not {tp_size}"
+            )
 
     def __init__(self, config: MetaSoftConfig, shape: ModelShape, embed: Embed, device: torch.device) -> None:
         """
@@ -33,6 +66,9 @@ class Method(abc.ABC):
         self.embed = embed
         self.device = device
 
+    def prepare(self, model: ServedModel) -> None:
+        """Learn from the loaded model what does not depend on a prompt; once, and after each change of weights."""
+
     @property
     def identity(self) -> str:
         """What makes this compressor's results its own; prefixes with different identities are never shared."""
@@ -43,9 +79,26 @@ class Method(abc.ABC):
         """For the start-up log."""
         return self.identity
 
-    @abc.abstractmethod
     def probe(self, prompt: Prompt) -> Probe:
-        """The probe tokens for a prompt. Must depend on its arguments alone and not wait for the device."""
+        """The probe tokens for a prompt: here its last window once more.
+
+        Must depend on its arguments alone and not wait for the device.
+        """
+        return self.rerun(prompt, prompt.last_ids(self.config.window))
+
+    def rerun(self, prompt: Prompt, ids: torch.Tensor) -> Probe:
+        """The prompt's last tokens ``ids`` once more, over the entries before them and at their own positions."""
+        tokens = ids.numel()
+        return Probe(
+            embeds=self.embed(ids),
+            context_slots=prompt.context_slots - tokens,
+            first_position=prompt.context_tokens - tokens,
+        )
+
+    def score_layer(self, view: LayerView) -> Scores:
+        """What the span is worth at one layer; for methods that look at more than the probe's attention."""
+        pool = view.pool
+        return self.score(view.q, pool.key, view.job.span_slots, view.lse, pool.scale, pool.key_scale)
 
     def score(
         self,

@@ -1,12 +1,20 @@
 """Meta-Soft (arXiv 2605.22337): soft tokens, composed from an orthogonal meta-library, probe the prompt."""
 
 from sglang_metasoft.score.base import Method
-from sglang_metasoft.soft_tokens import SoftTokens
+from sglang_metasoft.soft_tokens import SoftTokens, check_compressor
 from sglang_metasoft.types import ModelShape, Probe, Prompt
 
 
 class MetaSoft(Method):
     """Soft tokens appended after the prompt; what they attend to stays."""
+
+    reads_path = True
+
+    @classmethod
+    def check(cls, config, shape: ModelShape, tp_size: int) -> None:
+        super().check(config, shape, tp_size)
+        if config.path is not None:
+            check_compressor(config.path, shape)
 
     def __init__(self, config, shape: ModelShape, embed, device) -> None:
         super().__init__(config, shape, embed, device)

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import avg_pool1d
 
 from sglang_metasoft.score.base import Method
-from sglang_metasoft.types import Probe, Prompt, Scores
+from sglang_metasoft.types import Scores
 
 
 class SnapKV(Method):
@@ -15,15 +15,6 @@ class SnapKV(Method):
     """
 
     default_consolidation = "none"
-
-    def probe(self, prompt: Prompt) -> Probe:
-        observers = prompt.last_ids(self.config.window)
-        window = observers.numel()
-        return Probe(
-            embeds=self.embed(observers),
-            context_slots=prompt.context_slots - window,
-            first_position=prompt.context_tokens - window,
-        )
 
     def score(self, q, k_buffer, span_slots, lse, scale, k_scale) -> Scores:
         raw = super().score(q, k_buffer, span_slots, lse, scale, k_scale).importance

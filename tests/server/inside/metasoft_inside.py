@@ -67,8 +67,8 @@ class NanMethod:
     def __getattr__(self, name: str):
         return getattr(self._method, name)
 
-    def score(self, *args, **kwargs):
-        scores = self._method.score(*args, **kwargs)
+    def score_layer(self, view):
+        scores = self._method.score_layer(view)
         scores.importance[0, scores.importance.shape[1] // 2] = float("nan")
         return scores
 

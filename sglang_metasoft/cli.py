@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from sglang_metasoft.train import command as train_command
 from sglang_metasoft.version import __version__
 
 
@@ -21,7 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--folder", type=Path, default=Path(".demo"), help=help_folder)
     for command in (demo, serve):
         command.add_argument("flags", nargs="*", help="further server arguments, after --")
+    train_command.add_arguments(commands.add_parser("train", help="train a compressor for any causal language model"))
     args = parser.parse_args(argv)
+    if args.command == "train":
+        return train_command.run(args)
 
     from sglang_metasoft.demo import conversation, model
 

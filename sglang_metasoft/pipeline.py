@@ -21,6 +21,7 @@ def compress_layer(
     config: MetaSoftConfig,
     gate_scale: torch.Tensor | float,
     layer: int = 0,
+    first_kv_head: int = 0,
 ) -> tuple[torch.Tensor, Routes, MergedKV, torch.Tensor]:
     """Probe one layer of one request's KV and consolidate its span.
 
@@ -33,6 +34,7 @@ def compress_layer(
         pool: the layer's buffers; only read.
         gate_scale: the method's factor on the gate for this layer's heads.
         layer: its number in the model.
+        first_kv_head: number in the model of this rank's first KV head.
 
     Returns:
         The probe tokens' attention output ``[t, H, d]``, the routes, the entries to write, and whether everything
@@ -44,7 +46,7 @@ def compress_layer(
         )
     else:
         out, lse = q, q.new_empty(q.shape[:2], dtype=torch.float32)
-    view = LayerView(job, pool, q, lse, layer)
+    view = LayerView(job, pool, q, lse, layer, first_kv_head)
     raw = method.score_layer(view)
     raw_mass = raw.importance if raw.mass is None else raw.mass
     finite_scores = raw.importance.isfinite().all() & raw_mass.isfinite().all()

@@ -238,6 +238,7 @@ def check_compressor(path: str, shape: ModelShape, folder: Path | None = None) -
         found_format, trained_for, sizes = config["format"], config["model"], config["sizes"]
         trained_name = shown(trained_for["name"])
         expected = dict(hidden_size=shape.hidden_size, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads)
+        expected |= {"head_dim": shape.head_dim} if sizes.get("scorer") else {}
         wrong = {
             field: (trained_for[field], value)
             for field, value in shape._asdict().items()
@@ -264,5 +265,6 @@ def _check_sizes(sizes: dict) -> None:
     if sorted(sizes) != sorted(names):
         raise ValueError(f"sizes has the keys {shown(sorted(sizes))}; allowed: {names}")
     for name, value in sizes.items():
-        if type(value) is not int or not 1 <= value <= MAX_SIZE:
-            raise ValueError(f"sizes has {name}={shown(value)}; allowed: an integer from 1 to {MAX_SIZE}")
+        least = 0 if name == "scorer" else 1
+        if type(value) is not int or not least <= value <= MAX_SIZE:
+            raise ValueError(f"sizes has {name}={shown(value)}; allowed: an integer from {least} to {MAX_SIZE}")

@@ -128,6 +128,7 @@ class LayerView(NamedTuple):
     q: torch.Tensor  # [t, H, d] of the probe tokens, RoPE included; t = 0 if nothing probes
     lse: torch.Tensor  # [t, H] float32, log-sum-exp over everything that a probe token sees
     layer: int
+    first_kv_head: int = 0  # of this rank, among the model's
 
     @property
     def seen_tokens(self) -> int:

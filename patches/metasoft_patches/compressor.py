@@ -195,7 +195,7 @@ class SchedulerCompressor:
         def on_layer(job, layer, q, k, v, pool):
             gate_scale = self.method.gate_scale(layer.layer_id, self.first_kv_head, layer.tp_k_head_num)
             out, routes, merged, is_finite = compress_layer(
-                job, q, k, v, pool, self.method, self.config, gate_scale, layer.layer_id
+                job, q, k, v, pool, self.method, self.config, gate_scale, layer.layer_id, self.first_kv_head
             )
             finite[order[id(job)]].append(is_finite)
             if trace is not None:

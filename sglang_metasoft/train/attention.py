@@ -51,9 +51,7 @@ class Watch:
             end = min(begin + ROW_BLOCK, rows)
             out, probabilities = attention_map(q[:, begin:end], k[:, : before + end], v[:, : before + end], scale)
             outs.append(out)
-            means[..., : before + end] += torch.einsum(
-                "nt,gts->ngs", self.weights[:, begin:end], probabilities.mean(1)
-            )
+            means[..., : before + end] += torch.einsum("nt,gts->ngs", self.weights[:, begin:end], probabilities.mean(1))
             if self.maximum:
                 seen = probabilities[..., : self.context] * (self.weights[-1, begin:end, None] > 0)
                 largest = torch.maximum(largest, seen.amax(dim=(1, 2)))

@@ -81,7 +81,9 @@ class Backbone:
             raise ValueError(f"model: {path!r} is not a causal language model that can be loaded: {error}") from None
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"} or not hasattr(config, "num_key_value_heads"):
-            raise ValueError(f"model: {path!r} has layers of kind {sorted(kinds)}; allowed: full causal attention alone")
+            raise ValueError(
+                f"model: {path!r} has layers of kind {sorted(kinds)}; allowed: full causal attention alone"
+            )
         self.model.requires_grad_(False).eval().to(device)
         self.device, self.dtype = device, dtype
         heads = config.num_attention_heads

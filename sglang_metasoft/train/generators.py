@@ -14,7 +14,11 @@ QUESTIONS = 4
 
 
 def _thing(rng: random.Random) -> str:
-    return f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}" if rng.random() < 0.5 else f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+    return (
+        f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}"
+        if rng.random() < 0.5
+        else f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+    )
 
 
 def _value(rng: random.Random, kind: str) -> str:
@@ -31,18 +35,22 @@ def _value(rng: random.Random, kind: str) -> str:
 KINDS = ("number", "number", "uuid", "word", "code")
 # (sentence, question, start of the answer); {k} key, {v} value, {t} kind of value
 NEEDLES = (
-    ("One of the special magic {t}s for {k} is: {v}.", "What is the special magic {t} for {k} mentioned in the provided text?", "The special magic {t} for {k} mentioned in the provided text is"),
+    ("One of the special magic {t}s for {k} is: {v}.",
+     "What is the special magic {t} for {k} mentioned in the provided text?",
+     "The special magic {t} for {k} mentioned in the provided text is"),
     ("The secret {t} of the {k} is {v}.", "What is the secret {t} of the {k}?", "The secret {t} of the {k} is"),
     ("Remember this: {k} has the {t} {v}.", "Which {t} does {k} have?", "{k} has the {t}"),
     ("The {t} assigned to {k} is {v}.", "Tell me the {t} that was assigned to {k}.", "The {t} assigned to {k} is"),
     ("To open the {k}, use the {t} {v}.", "Which {t} opens the {k}?", "The {k} opens with the {t}"),
-    ("Note: the {k} was registered under {v}.", "Under which {t} was the {k} registered?", "The {k} was registered under"),
+    ("Note: the {k} was registered under {v}.", "Under which {t} was the {k} registered?",
+     "The {k} was registered under"),
     ("({k}: {v})", "The text has a note in brackets about {k}. What does it say?", "{k}:"),
     ("{v} is the {t} that belongs to {k}.", "Find the {t} that belongs to {k}.", "The {t} that belongs to {k} is"),
 )  # fmt: skip
 INTRODUCTIONS = (
     "", "", "Some facts are hidden within the following text. Memorise them, they will be asked for later.\n\n",
-    "A special magic {t} is hidden within the following text. Make sure to memorize it. I will quiz you about the {t} afterwards.\n",
+    "A special magic {t} is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {t} afterwards.\n",
     "Read this document carefully.\n\n", "Context:\n", "Document:\n\n",
 )  # fmt: skip
 CLOSINGS = ("", "", "", " Answer briefly.", " Give the {t} only.", " Use the text above.")
@@ -108,7 +116,9 @@ def records(rng: random.Random, haystack: str) -> Task:
         document = "\n".join(f"{n}. " + "; ".join(f"{k}: {v}" for k, v in row.items()) for n, row in enumerate(rows, 1))
     elif form == "prose":
         document = " ".join(
-            f"{r['name']} is a {r['job']} of {r['age']} from {r['city']}, has the number {r['id']} and keeps a {r['pet']}." for r in rows
+            f"{r['name']} is a {r['job']} of {r['age']} from {r['city']}, "
+            f"has the number {r['id']} and keeps a {r['pet']}."
+            for r in rows
         )
     else:
         document = "\n".join(f"{r['name']} -> {r['id']}" for r in rows)

@@ -110,4 +110,6 @@ class Static(Student):
 def entries(context: Context, backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the span, ``[layers, G, S, d]``."""
     span = len(context.span_ids)
-    return tuple(torch.stack([layer[which][:, :span] for layer in context.layers]).to(backbone.device) for which in (0, 1))
+    return tuple(
+        torch.stack([layer[which][:, :span] for layer in context.layers]).to(backbone.device) for which in (0, 1)
+    )

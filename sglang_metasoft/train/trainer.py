@@ -24,7 +24,6 @@ NOISE, NOISE_UNTIL = 0.3, 0.5  # Gumbel noise on the selection, fading until thi
 SELECTOR_RATE, SCORER_RATE = 0.05, 0.15  # of the learning rate
 CALIBRATION_CONTEXTS = 6
 GRADIENT_LIMIT = 1.0
-FIRST_VALIDATION_CASE = 1_000_000
 
 
 class Trainer:
@@ -72,17 +71,21 @@ class Trainer:
             groups.setdefault(rate * factor, []).append(parameter)
         return [{"params": parameters, "lr": lr, "full": lr} for lr, parameters in groups.items()]
 
-    def run(self, curves: Curves, validate) -> None:
+    def run(self, curves: Curves, validate) -> dict[str, float]:
         """Train to the end.
 
         Args:
             curves: takes every step's losses.
             validate: called with the student every ``validate_every`` steps and at the end; its result goes to curves.
 
+        Returns:
+            The last validation's scores; empty in processes other than the main one.
+
         Raises:
             ValueError: the disk is full, or the loss is not finite; the last checkpoint is intact.
         """
         s, main = self.settings, self.accelerator.is_main_process
+        scores: dict[str, float] = {}
         if self.step == 0 and isinstance(self.student, Dynamic):
             contexts = [self._context(n, n % 2 == 1) for n in range(min(CALIBRATION_CONTEXTS, s.cases))]
             self.student.calibrate(self.backbone, contexts, s.seed)
@@ -97,8 +100,12 @@ class Trainer:
             if main and (at_end or self.step % s.checkpoint_every == 0):
                 checkpoint.save(s.output, self.student, self.optimiser, self.step, s.fingerprint())
             if main and (at_end or self.step % s.validate_every == 0):
-                curves.add(self.step, validate(self.student))
+                scores = validate(self.student)
+                curves.add(self.step, scores)
         bar.close()
+        if main and not scores:  # a finished run, started again
+            scores = validate(self.student)
+        return scores
 
     def _train_step(self, step: int) -> dict[str, float]:
         s = self.settings

@@ -6,11 +6,14 @@ from statistics import mean
 import torch
 
 from sglang_metasoft.train.backbone import Backbone
-from sglang_metasoft.train.prepare import Context
+from sglang_metasoft.train.dataset import Dataset
+from sglang_metasoft.train.prepare import Context, Store
 from sglang_metasoft.train.selection import answer_score, kept_slots, overlap, shorten, snapkv, top
+from sglang_metasoft.train.settings import TrainSettings
 from sglang_metasoft.train.student import Student
 
 RATIOS = (4, 8)
+FIRST_VALIDATION_CASE = 1_000_000
 Ranker = Callable[[Backbone, Context], torch.Tensor]  # -> [layers, G, S]
 
 
@@ -50,3 +53,11 @@ def evaluate(
                 if full.exact:
                     rows.setdefault(f"exact {key}", []).append(score.exact / full.exact)
     return {name: mean(values) for name, values in rows.items()}
+
+
+def validation_contexts(dataset: Dataset, store: Store, settings: TrainSettings) -> Iterable[Context]:
+    """Two contexts of each validation case: a question inside, and the boundary before all questions."""
+    for number in range(settings.validation_cases):
+        prepared = store.get(dataset[FIRST_VALIDATION_CASE + number])
+        yield prepared.inside(0, settings.window)
+        yield prepared.boundary(settings.window)

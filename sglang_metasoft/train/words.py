@@ -20,8 +20,8 @@ NOUNS = (
 NAMES = (
     "Ada Agnes Albert Alma Amir Anita Anton Astrid Bella Boris Bruno Carmen Cecil Clara Dalia Darius Diego Dora Edgar "
     "Edith Elena Emil Esther Fatima Felix Flora Gideon Greta Hana Hector Helga Hugo Ines Irma Isaac Ivan Jasper Joan "
-    "Karim Klara Lars Leila Leo Lola Magnus Marta Milan Mina Nadia Niels Nora Olga Omar Oscar Paula Petra Quentin Rania "
-    "Rosa Ruben Sana Sasha Selma Simon Stella Tamar Theo Ulla Vera Viktor Wanda Xenia Yusuf Zara"
+    "Karim Klara Lars Leila Leo Lola Magnus Marta Milan Mina Nadia Niels Nora Olga Omar Oscar Paula Petra Quentin "
+    "Rania Rosa Ruben Sana Sasha Selma Simon Stella Tamar Theo Ulla Vera Viktor Wanda Xenia Yusuf Zara"
 ).split()
 PLACES = (
     "Aldermoor Brackwater Calderon Dunmere Eastvale Fernhollow Glenross Harrowgate Inverdale Juniper Kestrel Larkspur "

@@ -26,6 +26,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 LIBRARY_ROWS = 512
 MAX_SIZE = 65536
+BUILT_IN = Path(__file__).parent / "compressors"
 CHECK_ROWS = 32
 CHECK_COSINE = 0.99
 EMBED_BLOCK_TOKENS = 4096
@@ -200,20 +201,26 @@ def _check_rows(shape: ModelShape, embed: Embed, device: torch.device) -> torch.
 
 
 def resolve_folder(path: str) -> Path:
-    """The directory of a compressor; a hub id is downloaded, the two known files only.
+    """The directory of a compressor: the path itself, one that the package ships, or a hub id, downloaded.
+
+    Of the hub, the two known files only.
 
     Raises:
-        ValueError: neither a directory nor something that the hub could give.
+        ValueError: none of them; the shipped ones are named.
     """
     if os.path.isdir(path):  # unlike Path.is_dir, also answers for a name that no file system could hold
         return Path(path)
+    built_in = sorted(folder.name for folder in BUILT_IN.iterdir() if folder.is_dir()) if BUILT_IN.is_dir() else []
+    if path in built_in:
+        return BUILT_IN / path
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
     except Exception as error:
         raise ValueError(
-            f"metasoft path: {path!r} is no directory and could not be downloaded as a hub id: {error}"
+            f"metasoft path: {path!r} is no directory, not shipped with the package ({', '.join(built_in) or 'none is'}), "
+            f"and could not be downloaded as a hub id: {error}"
         ) from None
 
 

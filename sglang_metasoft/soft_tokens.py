@@ -219,7 +219,7 @@ def resolve_folder(path: str) -> Path:
         return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
     except Exception as error:
         raise ValueError(
-            f"metasoft path: {path!r} is no directory, not shipped with the package ({', '.join(built_in) or 'none is'}), "
+            f"metasoft path: {path!r} is no directory, not shipped ({', '.join(built_in) or 'none is'}), "
             f"and could not be downloaded as a hub id: {error}"
         ) from None
 

@@ -72,6 +72,19 @@ class Probing:
         self.importance: list[torch.Tensor] = []  # [G, S] a layer
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        out, probabilities = attention_map(q, k, v, scale)
+        heads, rows, d = q.shape
+        groups, length = k.shape[:2]
+        # The context's own entries need no gradients, which would be as large as they are.
+        (old_k, new_k), (old_v, new_v) = (_split(entries.float(), length - rows) for entries in (k, v))
+        queries = (q.float() * scale).reshape(groups, -1, d)
+        seen = (queries @ old_k.transpose(1, 2)).view(groups, -1, rows, length - rows)
+        future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu(1)
+        own = (queries @ new_k.transpose(1, 2)).view(groups, -1, rows, rows).masked_fill(future, float("-inf"))
+        probabilities = torch.cat([seen, own], -1).softmax(-1)
         self.importance.append(probabilities[..., : self.span].mean(dim=(1, 2)))
-        return out
+        seen, own = probabilities.flatten(1, 2).split((length - rows, rows), -1)
+        return (seen @ old_v + own @ new_v).view(heads, rows, d).to(q.dtype)
+
+
+def _split(entries: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return entries[:, :context].detach(), entries[:, context:]

@@ -24,7 +24,7 @@ class TrainSettings:
     cases: int = 240  # distinct prompts, prepared once and kept on disk
     steps: int = 600  # library and selector together
     selector_steps: int = 60  # library frozen
-    batch: int = 2  # contexts a step and process, questions inside and at a boundary in turn
+    batch: int = 2  # contexts a step and process; every second one ends at a boundary
     learning_rate: float = 0.02
     orthogonality: float = 0.05
     lost_weight: float = 1.0  # of the attention lost at a cut, beside the divergence

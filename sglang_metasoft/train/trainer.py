@@ -17,7 +17,6 @@ from sglang_metasoft.train.student import Dynamic, Static, Student
 
 WARM_UP_STEPS = 20
 LAST_RATE = 0.1  # of the learning rate, at the end
-BOUNDARY_SHARE = 0.5
 RATIOS = (3.0, 4.0, 4.0, 8.0, 8.0, 16.0)
 PROBE_SHARE = 0.5  # weight of the probe's own divergence, beside that of the refined importance
 NOISE, NOISE_UNTIL = 0.3, 0.5  # Gumbel noise on the selection, fading until this share of the steps
@@ -109,14 +108,14 @@ class Trainer:
 
     def _train_step(self, step: int) -> dict[str, float]:
         s = self.settings
-        rng = random.Random(f"{s.seed}:step:{step}:{self.accelerator.process_index}")
         library_frozen = step >= s.steps
         for group in self.optimiser.param_groups:
             group["lr"] = group["full"] * self._rate(step)
         sums: dict[str, float] = {}
         for part in range(s.batch):
             number = (step * s.batch + part) * self.accelerator.num_processes + self.accelerator.process_index
-            at_boundary = (part % 2 == 1) if s.batch > 1 else rng.random() < BOUNDARY_SHARE
+            rng = random.Random(f"{s.seed}:context:{number}")
+            at_boundary = number % 2 == 1
             context = self._context(self._case_number(number), at_boundary, rng)
             terms = self._losses(context, rng.choice(RATIOS), self._noise(step, rng))
             total = sum(weight * term for weight, term in terms.values())

@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,32 @@ def test_the_command_names_what_is_wrong(capsys, tmp_path, tiny_model, corpus):
     assert "bad.jsonl:1" in run("--data", str(bad))
     assert "every text overlaps the held-out text" in run("--exclude", str(corpus))
     assert "no case of 20000 to" in run("--min-prefix-tokens", "20000", "--max-prefix-tokens", "30000")
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
+    """Gradients are averaged: the weights are those of one process that takes all contexts."""
+    alone = settings(batch=4, steps=3, selector_steps=1)
+    train(alone)
+    flags = {
+        "--model": alone.model, "--data": alone.data, "--prepared": alone.prepared, "--output": tmp_path / "two",
+        "--soft-tokens": 4, "--scorer-width": 4, "--cases": 3, "--steps": 3, "--selector-steps": 1, "--batch": 2,
+        "--min-prefix-tokens": 80, "--max-prefix-tokens": 120, "--window": 16, "--answer-tokens": 8,
+        "--validation-cases": 1,
+    }  # fmt: skip
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
+    command = [*launch, "-m", "sglang_metasoft.cli", "train", *(str(part) for pair in flags.items() for part in pair)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = weights(tmp_path / "two"), weights(alone.output)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=2e-3, msg=name)

@@ -152,12 +152,12 @@ def test_the_command_names_what_is_wrong(capsys, tmp_path, tiny_model, corpus):
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
-    """Gradients are averaged: the weights are those of one process that takes all contexts."""
-    alone = settings(batch=4, steps=3, selector_steps=1)
+    """The averaged gradient is that of one process that takes all contexts; Adam's first mean is a tenth of it."""
+    alone = settings(batch=4, steps=1, selector_steps=0)
     train(alone)
     flags = {
         "--model": alone.model, "--data": alone.data, "--prepared": alone.prepared, "--output": tmp_path / "two",
-        "--soft-tokens": 4, "--scorer-width": 4, "--cases": 3, "--steps": 3, "--selector-steps": 1, "--batch": 2,
+        "--soft-tokens": 4, "--scorer-width": 4, "--cases": 3, "--steps": 1, "--selector-steps": 0, "--batch": 2,
         "--min-prefix-tokens": 80, "--max-prefix-tokens": 120, "--window": 16, "--answer-tokens": 8,
         "--validation-cases": 1,
     }  # fmt: skip
@@ -176,5 +176,8 @@ def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     two, one = weights(tmp_path / "two"), weights(alone.output)
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=2e-3, msg=name)
+    gradients = {name: tensor for name, tensor in one.items() if name.endswith(".exp_avg")}
+    assert len(gradients) == 13
+    for name, tensor in gradients.items():
+        assert tensor.abs().max() > 0, name
+        torch.testing.assert_close(two[name], tensor, atol=1e-3 * tensor.abs().max().item(), rtol=1e-3, msg=name)

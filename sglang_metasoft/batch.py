@@ -15,6 +15,7 @@ from metasoft_kernels.route.fused import route
 from metasoft_kernels.score.fused import importance as mean_attention
 from metasoft_kernels.select.fused import split_top
 
+from sglang_metasoft.clock import Clock, no_clock
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.score.base import Method
 from sglang_metasoft.types import Job, LayerPool, LayerView
@@ -66,7 +67,14 @@ class FusedBatch:
         self.targets = min(config.route_targets, self.kept.longest) if consolidation == "attention_flow" else 0
 
     def compress(
-        self, q: torch.Tensor, k_new: torch.Tensor, v_new: torch.Tensor, pool: LayerPool, gate_scale, layer: int
+        self,
+        q: torch.Tensor,
+        k_new: torch.Tensor,
+        v_new: torch.Tensor,
+        pool: LayerPool,
+        gate_scale,
+        layer: int,
+        clock: Clock = no_clock,
     ) -> tuple[torch.Tensor, Consolidated, list[torch.Tensor]]:
         """Probe one layer and consolidate all spans; arguments as for ``compress_layer``, all jobs' rows in turn.
 
@@ -75,25 +83,30 @@ class FusedBatch:
             everything was finite (elsewhere nobody could read it without waiting).
         """
         q = q.contiguous()
-        out, lse = self.attend(
-            q, pool.key, pool.value, self.context_slots, k_new, v_new, self.probe, self.context, pool.scale,
-            pool.key_scale, pool.value_scale,
-        )  # fmt: skip
-        raw, raw_mass = self._score(q, pool, lse, layer)
-        mass = raw_mass.nan_to_num(0.0, 0.0, 0.0)
-        importance = mass if raw is raw_mass else raw.nan_to_num(0.0, 0.0, 0.0)
-        kept_rows, dropped_rows = split_top(importance, self.sink_tokens, self.span, self.kept, self.dropped)
+        with clock("probe"):
+            out, lse = self.attend(
+                q, pool.key, pool.value, self.context_slots, k_new, v_new, self.probe, self.context, pool.scale,
+                pool.key_scale, pool.value_scale,
+            )  # fmt: skip
+        with clock("score"):
+            raw, raw_mass = self._score(q, pool, lse, layer)
+            mass = raw_mass.nan_to_num(0.0, 0.0, 0.0)
+            importance = mass if raw is raw_mass else raw.nan_to_num(0.0, 0.0, 0.0)
+        with clock("route"):
+            kept_rows, dropped_rows = split_top(importance, self.sink_tokens, self.span, self.kept, self.dropped)
+            is_merged = bool(self.targets and self.dropped.total)
+            if is_merged:
+                target, weight = route(
+                    pool.key, self.span_slots, kept_rows, dropped_rows, self.kept, self.dropped, self.targets,
+                    pool.scale * pool.key_scale**2, q.dtype,
+                )  # fmt: skip
         values, is_finite = None, None
-        if self.targets and self.dropped.total:
-            affinity_scale = pool.scale * pool.key_scale**2
-            target, weight = route(
-                pool.key, self.span_slots, kept_rows, dropped_rows, self.kept, self.dropped, self.targets,
-                affinity_scale, q.dtype,
-            )  # fmt: skip
-            values, is_finite = attention_flow(
-                pool.value, self.span_slots, mass, kept_rows, dropped_rows, target, weight, self.kept,
-                gate_of_heads(gate_scale, pool.key.shape[1], self.device), pool.value_scale, q.dtype,
-            )  # fmt: skip
+        if is_merged:
+            with clock("merge"):
+                values, is_finite = attention_flow(
+                    pool.value, self.span_slots, mass, kept_rows, dropped_rows, target, weight, self.kept,
+                    gate_of_heads(gate_scale, pool.key.shape[1], self.device), pool.value_scale, q.dtype,
+                )  # fmt: skip
         return out, Consolidated(kept_rows, values), self._finite(raw, raw_mass, is_finite)
 
     def _score(

@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str | None, str]] = {
     "demo": ("sglang_metasoft.demo.commands:demo", "two questions about a long document, over a compressed KV cache"),
     "serve-demo": ("sglang_metasoft.demo.commands:serve_demo", "leave the demo model's server running"),
     "demo-model": ("sglang_metasoft.demo.commands:demo_model", "download and convert the demo model only"),
+    "train": ("sglang_metasoft.train.command:main", "train a compressor for any causal language model"),
     "bench": ("sglang_metasoft.bench.command:main", "plain SGLang against the same server with compression, one run"),
     "inspect": ("sglang_metasoft.inspect.command:main", "show as a web page what compression does to a prompt"),
     "doctor": (None, "say whether this machine can run it, and what to do where it cannot"),

@@ -40,9 +40,10 @@ def load_consolidation(name: str) -> Consolidation:
         raise ValueError(
             f"metasoft consolidation: {name!r} is not allowed; allowed: one of: {', '.join(CONSOLIDATIONS)}"
         )
-    if CONSOLIDATIONS[name] is None:
+    target = CONSOLIDATIONS[name]
+    if target is None:
         return Consolidation(None, ())
-    module, attribute = CONSOLIDATIONS[name].split(":")
+    module, attribute = target.split(":")
     function = getattr(importlib.import_module(module), attribute)
     return Consolidation(function, tuple(inspect.signature(function).parameters))
 

@@ -4,6 +4,7 @@ import torch
 from metasoft_kernels.merge import gather
 from metasoft_kernels.probe import attend
 
+from sglang_metasoft.clock import Clock, no_clock
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.merge import consolidate, load_consolidation
 from sglang_metasoft.route import choose_routes
@@ -21,6 +22,8 @@ def compress_layer(
     config: MetaSoftConfig,
     gate_scale: torch.Tensor | float,
     layer: int = 0,
+    first_kv_head: int = 0,
+    clock: Clock = no_clock,
 ) -> tuple[torch.Tensor, Routes, MergedKV, torch.Tensor]:
     """Probe one layer of one request's KV and consolidate its span.
 
@@ -33,29 +36,35 @@ def compress_layer(
         pool: the layer's buffers; only read.
         gate_scale: the method's factor on the gate for this layer's heads.
         layer: its number in the model.
+        first_kv_head: number in the model of this rank's first KV head.
+        clock: around each stage.
 
     Returns:
         The probe tokens' attention output ``[t, H, d]``, the routes, the entries to write, and whether everything
         was finite: a bool tensor on the device, for callers that can read it without waiting.
     """
-    if q.shape[0]:
-        out, lse = attend(
-            q, pool.key, pool.value, job.context_slots, k_new, v_new, pool.scale, pool.key_scale, pool.value_scale,
-            config.kernels,
-        )  # fmt: skip
-    else:
-        out, lse = q, q.new_empty(q.shape[:2], dtype=torch.float32)
-    view = LayerView(job, pool, q, lse, layer)
-    raw = method.score_layer(view)
-    raw_mass = raw.importance if raw.mass is None else raw.mass
-    finite_scores = raw.importance.isfinite().all() & raw_mass.isfinite().all()
-    scores = Scores(raw.importance.nan_to_num(0.0, 0.0, 0.0), raw_mass.nan_to_num(0.0, 0.0, 0.0))
-    keys = _read(pool.key, job.span_slots, pool.key_scale, q.dtype)
-    values = _read(pool.value, job.span_slots, pool.value_scale, q.dtype)
+    with clock("probe"):
+        if q.shape[0]:
+            out, lse = attend(
+                q, pool.key, pool.value, job.context_slots, k_new, v_new, pool.scale, pool.key_scale, pool.value_scale,
+                config.kernels,
+            )  # fmt: skip
+        else:
+            out, lse = q, q.new_empty(q.shape[:2], dtype=torch.float32)
+    with clock("score"):
+        view = LayerView(job, pool, q, lse, layer, first_kv_head)
+        raw = method.score_layer(view)
+        raw_mass = raw.importance if raw.mass is None else raw.mass
+        finite_scores = raw.importance.isfinite().all() & raw_mass.isfinite().all()
+        scores = Scores(raw.importance.nan_to_num(0.0, 0.0, 0.0), raw_mass.nan_to_num(0.0, 0.0, 0.0))
     consolidation = load_consolidation(config.consolidation or method.default_consolidation)
     targets = config.route_targets if "targets" in consolidation.inputs else 0
-    routes = choose_routes(job.plan, scores, keys, targets, pool.scale, config.kernels)
-    merged = consolidate(consolidation, view, keys, values, scores, routes, gate_scale, config.kernels)
+    with clock("route"):
+        keys = _read(pool.key, job.span_slots, pool.key_scale, q.dtype)
+        values = _read(pool.value, job.span_slots, pool.value_scale, q.dtype)
+        routes = choose_routes(job.plan, scores, keys, targets, pool.scale, config.kernels)
+    with clock("merge"):
+        merged = consolidate(consolidation, view, keys, values, scores, routes, gate_scale, config.kernels)
     finite_values = merged.value.isfinite()
     is_finite = finite_scores & merged.key.isfinite().all() & finite_values.all()
     merged = merged._replace(value=torch.where(finite_values, merged.value, gather(values, routes.kept)))

@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sglang_metasoft.config import shown
+from sglang_metasoft.entry_scorer import MODES, EntryScorer
 from sglang_metasoft.score.base import Embed
 from sglang_metasoft.types import ModelShape
 
-FORMAT = "metasoft-compressor-1"
+FORMAT = "metasoft-compressor-2"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 LIBRARY_ROWS = 512
 MAX_SIZE = 65536
+BUILT_IN = Path(__file__).parent / "compressors"
 CHECK_ROWS = 32
 CHECK_COSINE = 0.99
 EMBED_BLOCK_TOKENS = 4096
@@ -42,6 +44,8 @@ class SoftTokens(nn.Module):
         trunk: width of the selector's hidden layer.
         query: width in which soft tokens and library rows are matched.
         top: library rows that one soft token is composed of.
+        scorer: width of the entry scorer, 0 for none.
+        head_dim: d of the model, for the entry scorer.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class SoftTokens(nn.Module):
         trunk: int = 256,
         query: int = 32,
         top: int = 8,
+        scorer: int = 0,
+        head_dim: int = 1,
     ) -> None:
         super().__init__()
         self.count, self.query, self.top = count, query, min(top, rows)
@@ -66,14 +72,17 @@ class SoftTokens(nn.Module):
             trunk=trunk,
             query=query,
             top=top,
+            scorer=scorer,
+            head_dim=head_dim,
         )
         self.library = nn.Parameter(torch.empty(rows, hidden_size))
         self.trunk = nn.Linear(2 * hidden_size, trunk)
         self.to_query = nn.Linear(trunk, count * query)
         self.row_keys = nn.Parameter(torch.empty(rows, query))
-        self.bias = nn.Parameter(torch.empty(count, rows))
+        self.bias = nn.Parameter(torch.empty(MODES, count, rows))
         self.norm = nn.Parameter(torch.ones(()))
         self.gate_scale = nn.Parameter(torch.ones(num_layers, num_kv_heads))
+        self.scorer = EntryScorer(num_layers, num_kv_heads, head_dim, scorer) if scorer else None
         # A few rows of the model's embedding table, to recognise the model again.
         self.register_buffer("embedding_check", torch.zeros(CHECK_ROWS, hidden_size))
 
@@ -83,10 +92,10 @@ class SoftTokens(nn.Module):
         means = torch.stack([total / span_ids.numel(), embed(tail_ids).float().mean(0)])
         return nn.functional.rms_norm(means, means.shape[-1:]).flatten()
 
-    def selection_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """``[k, M]`` logits over the library rows from ``[2 D]`` features."""
+    def selection_logits(self, features: torch.Tensor, mode: int = 0) -> torch.Tensor:
+        """``[k, M]`` logits over the library rows from ``[2 D]`` features; mode 1 is a span that ends at a boundary."""
         queries = self.to_query(nn.functional.silu(self.trunk(features))).view(self.count, self.query)
-        return queries @ self.row_keys.t() + self.bias
+        return queries @ self.row_keys.t() + self.bias[mode]
 
     def compose(self, logits: torch.Tensor) -> torch.Tensor:
         """``[k, D]`` soft tokens: softmax over the best ``top`` rows of each, times the learned norm."""
@@ -95,9 +104,9 @@ class SoftTokens(nn.Module):
         return self.norm * (weights @ self.library)
 
     @torch.no_grad()
-    def forward(self, embed: Embed, span_ids: torch.Tensor, tail_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, embed: Embed, span_ids: torch.Tensor, tail_ids: torch.Tensor, mode: int = 0) -> torch.Tensor:
         """``[k, D]`` float32 soft tokens for a prompt."""
-        return self.compose(self.selection_logits(self.features(embed, span_ids, tail_ids)))
+        return self.compose(self.selection_logits(self.features(embed, span_ids, tail_ids), mode))
 
     @property
     def fingerprint(self) -> str:
@@ -198,20 +207,26 @@ def check_embedding(
 
 
 def resolve_folder(path: str) -> Path:
-    """The directory of a compressor; a hub id is downloaded, the two known files only.
+    """The directory of a compressor: the path itself, one that the package ships, or a hub id, downloaded.
+
+    Of the hub, the two known files only.
 
     Raises:
-        ValueError: neither a directory nor something that the hub could give.
+        ValueError: none of them; the shipped ones are named.
     """
     if os.path.isdir(path):  # unlike Path.is_dir, also answers for a name that no file system could hold
         return Path(path)
+    built_in = sorted(folder.name for folder in BUILT_IN.iterdir() if folder.is_dir()) if BUILT_IN.is_dir() else []
+    if path in built_in:
+        return BUILT_IN / path
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
     except Exception as error:
         raise ValueError(
-            f"metasoft path: {path!r} is no directory and could not be downloaded as a hub id: {error}"
+            f"metasoft path: {path!r} is no directory, not shipped ({', '.join(built_in) or 'none is'}), "
+            f"and could not be downloaded as a hub id: {error}"
         ) from None
 
 
@@ -239,6 +254,7 @@ def check_compressor(path: str, shape: ModelShape, folder: Path | None = None, m
         found_format, trained_for, sizes = config["format"], config["model"], config["sizes"]
         trained_name = shown(trained_for["name"])
         expected = dict(hidden_size=shape.hidden_size, num_layers=shape.num_layers, num_kv_heads=shape.num_kv_heads)
+        expected |= {"head_dim": shape.head_dim} if sizes.get("scorer") else {}
         wrong = {
             field: (trained_for[field], value)
             for field, value in shape._asdict().items()
@@ -276,5 +292,6 @@ def _check_sizes(sizes: dict, names: list[str]) -> None:
     if sorted(sizes) != sorted(names):
         raise ValueError(f"sizes has the keys {shown(sorted(sizes))}; allowed: {names}")
     for name, value in sizes.items():
-        if type(value) is not int or not 1 <= value <= MAX_SIZE:
-            raise ValueError(f"sizes has {name}={shown(value)}; allowed: an integer from 1 to {MAX_SIZE}")
+        least = 0 if name == "scorer" else 1
+        if type(value) is not int or not least <= value <= MAX_SIZE:
+            raise ValueError(f"sizes has {name}={shown(value)}; allowed: an integer from {least} to {MAX_SIZE}")

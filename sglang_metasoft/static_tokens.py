@@ -1,9 +1,9 @@
 """Static soft tokens: the file format of ``judge_q``, a variant of the compressor's."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +26,8 @@ from sglang_metasoft.types import ModelShape
 METHOD = "judge_q"
 
 
-class StaticTokens(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class StaticTokens:
     """The same soft tokens for every prompt."""
 
     tokens: torch.Tensor  # [k, D] float32

@@ -1,31 +1,21 @@
-"""Compression inside one scheduler process: picks requests after a prefill, runs the stages, commits the result."""
+"""Compression inside one scheduler process: picks requests after a prefill, has them compressed, commits the result."""
 
 import contextlib
 import logging
-import re
-from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from sglang.srt.runtime_context import get_parallel
 
 from metasoft_patches.admission import bypass_reason
-from metasoft_patches.kernels import choose_kernels
 from metasoft_patches.metrics import Metrics, stage_of
 from metasoft_patches.model import check_model, model_shape
-from metasoft_patches.probe_forward import ProbeBackend, run_probe, visit_layers
 from metasoft_patches.request import RequestState
-from metasoft_patches.served_model import LoadedModel
+from metasoft_patches.stages import StageRunner
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
-from sglang_metasoft.batch import FusedBatch
 from sglang_metasoft.chains import Chain, make_virtual_ids
 from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig, settings_of
-from sglang_metasoft.merge import load_consolidation
-from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.score import load_method
-from sglang_metasoft.types import Bypass, Job, LayerPool, Plan, Probe, Prompt
+from sglang_metasoft.types import Bypass, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -54,42 +44,23 @@ class SchedulerCompressor:
         self.page_size = scheduler.page_size
         self.shape = model_shape(scheduler.model_config)
         check_model(self.runner.model, self.committer.pool, self.shape)
-        self.method = self._load_method()
-        consolidation = load_consolidation(config.consolidation or self.method.default_consolidation)
-        self.has_probe = self.method.needs_probe or consolidation.needs_probe
-        rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
-        self.first_kv_head = rank * self.shape.num_kv_heads // size
-        self.trace_rank = rank
-        # Compressions under other settings are other content.
-        self.settings_id = f"{config.describe()} {self.method.identity}"
-        self.generation = 0
         reporter = scheduler.metrics_reporter
         has_metrics = reporter.current_scheduler_metrics_enabled
         self.metrics = Metrics(reporter.metrics_collector.labels) if has_metrics else None
-        self.kernels = choose_kernels(
-            config, self.method, self.shape.num_heads // size, max(self.shape.num_kv_heads // size, 1),
-            self.runner.dtype, self.committer.pool.dtype,
-        )  # fmt: skip
+        self.stages = StageRunner(scheduler, config, adapter, self.committer, self.shape, self.metrics)
+        # Compressions under other settings are other content.
+        self.settings_id = f"{config.describe()} {self.stages.method.identity}"
+        self.generation = 0
         logger.info(
             "MetaSoft is active: %s; %s; runs on %s",
-            self.method.description, config.describe(), self.kernels.description,
+            self.stages.method.description, config.describe(), self.stages.kernels.description,
         )  # fmt: skip
 
     def weights_changed(self) -> None:
         """Drop what was computed with the old weights: chains, and soft tokens drawn from the embedding table."""
         self.generation += 1
         self.tree_cache.chains.clear()
-        self.method = self._load_method()
-
-    def _load_method(self):
-        device = torch.device(self.runner.device)
-        method = load_method(self.config.method)(self.config, self.shape, self._embed, device)
-        method.prepare(LoadedModel(self.scheduler, self.adapter, self._embed))
-        return method
-
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return self.runner.model.model.embed_tokens(ids)
+        self.stages.reload()
 
     # -- per batch ---------------------------------------------------------------------------------------------
 
@@ -124,7 +95,7 @@ class SchedulerCompressor:
             with scheduler.forward_stream_ctx if overlap else contextlib.nullcontext():
                 if overlap:
                     scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
-                is_sound = self._run([(req, plan, slots) for _, req, plan, slots in reserved])
+                is_sound = self.stages.run([(req, plan, slots) for _, req, plan, slots in reserved])
         except Exception as error:
             logger.exception("MetaSoft: compression failed, %d requests stay uncompressed", len(reserved))
             for _, req, _, slots in reserved:
@@ -184,14 +155,18 @@ class SchedulerCompressor:
         """Bring the metrics that show a present state up to date; ``running`` are the requests that decode."""
         if self.metrics is not None:
             self.metrics.update_gauges(running, self.tree_cache.chains)
+            self.stages.clock.collect()
 
     def state(self) -> dict:
         """What ``/server_info`` shows: method, settings, size of the index."""
         index = self.tree_cache.chains
         settings = {name: getattr(self.config, name) for name in settings_of()}
         return settings | {
-            "active": self.method.description, "index_chains": len(index), "index_tokens": index.num_tokens
-        }  # fmt: skip
+            "active": self.stages.method.description,
+            "runs_on": self.stages.kernels.description,
+            "index_chains": len(index),
+            "index_tokens": index.num_tokens,
+        }
 
     def _is_last_chunk(self, req) -> bool:
         """Whether the last extend completed the request's prefill."""
@@ -206,94 +181,6 @@ class SchedulerCompressor:
         else:
             state.failure = reason
             state.make_plan(self.config, self.page_size)
-
-    def _run(self, items: list[tuple[object, Plan, torch.Tensor]]) -> list[bool]:
-        """Probe, score, route, merge and write the new slots of all items; runs on the forward stream.
-
-        Returns:
-            For each item whether its entries may be committed. Only a lone CPU process says no: any other device would
-            have to be waited for, and of several ranks, each with heads of its own, all must do the same. There the
-            stages themselves make harmless what is not finite.
-        """
-        jobs = [self._make_job(req, plan, slots) for req, plan, slots in items]
-        trace = [[] for _ in jobs] if self.config.trace_dir else None
-        finite = [[] for _ in jobs]
-        batch = self._fused_batch(jobs)
-        lengths = [job.probe.embeds.shape[0] for job in jobs]
-
-        def on_layer(layer, q, k, v, pool):
-            gate_scale = self.method.gate_scale(layer.layer_id, self.first_kv_head, layer.tp_k_head_num)
-            if batch is not None:
-                out, consolidated, flags = batch.compress(q, k, v, pool, gate_scale, layer.layer_id)
-                for number, flag in enumerate(flags):
-                    finite[number].append(flag)
-                self.committer.move(
-                    pool, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values
-                )
-                if trace is not None:
-                    for number, kept in enumerate(batch.kept_of_jobs(consolidated.kept_rows)):
-                        trace[number].append((kept.cpu(), *read_entries(pool, jobs[number].new_slots, q.dtype)))
-                return out
-            outs = []
-            for number, (job, *tensors) in enumerate(
-                zip(jobs, q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-            ):
-                out, routes, merged, is_finite = compress_layer(
-                    job, *tensors, pool, self.method, self.config, gate_scale, layer.layer_id
-                )
-                finite[number].append(is_finite)
-                if trace is not None:
-                    trace[number].append((routes.kept.cpu(), merged.key.cpu().clone(), merged.value.cpu().clone()))
-                self.committer.write(layer, job.new_slots, merged)
-                outs.append(out)
-            return torch.cat(outs)
-
-        backend = ProbeBackend(self.committer.req_to_token_pool, self.committer.pool, jobs, on_layer)
-        rows = to_device([self.adapter.row_index(req) for req, _, _ in items], torch.int64, self.runner.device)
-        if self.has_probe:
-            run_probe(self.runner, backend, rows, self.adapter)
-        else:
-            visit_layers(self.runner, backend)
-        if trace is not None:
-            for (req, plan, _), layers in zip(items, trace, strict=True):
-                self._write_trace(req, plan, layers)
-        if torch.device(self.runner.device).type != "cpu" or get_parallel().attn_tp_size > 1:
-            return [True] * len(jobs)
-        return [all(flags) for flags in finite]
-
-    def _fused_batch(self, jobs: list[Job]) -> FusedBatch | None:
-        attend = self.kernels.attend
-        return FusedBatch(jobs, self.method, self.config, attend, self.first_kv_head) if attend else None
-
-    def _make_job(self, req, plan: Plan, slots: torch.Tensor) -> Job:
-        state: RequestState = req.metasoft
-        chain_tokens = state.chain.tokens if state.chain else 0
-        span_end = chain_tokens + plan.span_tokens
-        context_slots = self.adapter.extend_end(req)
-        context_tokens = state.offset + context_slots
-        if plan.ends_at_boundary:
-            context_slots, context_tokens = plan.end_slots, span_end
-        # Outputs of a retracted request come after the prompt; they are part of the tail.
-        ids = state.raw_ids + req.output_ids
-        if self.has_probe:
-            probe = self.method.probe(
-                Prompt(
-                    span_ids=to_device(ids[chain_tokens:span_end], torch.int64, self.runner.device),
-                    tail_ids=to_device(ids[span_end:context_tokens], torch.int64, self.runner.device),
-                    context_slots=context_slots,
-                    context_tokens=context_tokens,
-                )
-            )
-        else:
-            probe = Probe(torch.empty(0, self.shape.hidden_size), context_slots, context_tokens)
-        row = self.committer.row(req)
-        return Job(
-            plan=plan,
-            probe=probe,
-            context_slots=row[: probe.context_slots].to(torch.int64),
-            span_slots=row[plan.start_slots : plan.end_slots].to(torch.int64),
-            new_slots=slots,
-        )
 
     def _commit(self, req, plan: Plan, slots: torch.Tensor) -> None:
         state: RequestState = req.metasoft
@@ -329,14 +216,6 @@ class SchedulerCompressor:
         batch.seq_lens = batch.seq_lens - to_device(host, torch.int64, batch.seq_lens.device)
         batch.seq_lens_cpu = batch.seq_lens_cpu - host
         batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
-
-    def _write_trace(self, req, plan: Plan, layers: list) -> None:
-        folder = Path(self.config.trace_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        kept, keys, values = (torch.stack(tensors) for tensors in zip(*layers, strict=True))
-        tensors = {"kept": kept, "key": keys, "value": values, "plan": torch.tensor(plan)}
-        name = re.sub(r"[^A-Za-z0-9_-]", "_", req.rid)  # a client may choose its request's id
-        save_file(tensors, folder / f"{name}-{plan.start_slots}-rank{self.trace_rank}.safetensors")
 
     # -- per request -------------------------------------------------------------------------------------------
 
@@ -400,12 +279,6 @@ class SchedulerCompressor:
             match_with(best)
         if best is not None:
             tree_cache.chains.touch(best)
-
-
-def read_entries(pool: LayerPool, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V at these slots, ``[B, G, d]`` on the host: for traces."""
-    scaled = ((pool.key, pool.key_scale), (pool.value, pool.value_scale))
-    return tuple((buffer[slots].to(dtype) * scale).cpu() for buffer, scale in scaled)
 
 
 def _reads_logprobs_inside(req, chain: Chain) -> bool:

@@ -2,11 +2,15 @@
 
 from sglang_metasoft.score.base import Method
 from sglang_metasoft.soft_tokens import SoftTokens, check_compressor
-from sglang_metasoft.types import ModelShape, Probe, Prompt
+from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Scores
 
 
 class MetaSoft(Method):
-    """Soft tokens appended after the prompt; what they attend to stays."""
+    """Soft tokens appended after the prompt; what they attend to stays.
+
+    A trained compressor may bring an entry scorer, which refines the ranking; the consolidation's gate goes by the
+    attention itself.
+    """
 
     reads_path = True
 
@@ -28,16 +32,37 @@ class MetaSoft(Method):
         return f"MetaSoft:{self.soft_tokens.fingerprint}"
 
     @property
+    def scores_by_attention(self) -> bool:
+        return self.soft_tokens.scorer is None
+
+    @property
     def description(self) -> str:
         kind = "untrained" if self.config.path is None else f"trained ({self.config.path})"
         return f"{self.soft_tokens.count} {kind} soft tokens"
 
     def probe(self, prompt: Prompt) -> Probe:
+        mode = int(prompt.tail_ids.numel() == 0)
         return Probe(
-            embeds=self.soft_tokens(self.embed, prompt.span_ids, prompt.last_ids(self.config.window)),
+            embeds=self.soft_tokens(self.embed, prompt.span_ids, prompt.last_ids(self.config.window), mode),
             context_slots=prompt.context_slots,
             first_position=prompt.context_tokens,
         )
+
+    def score_layer(self, view: LayerView) -> Scores:
+        mass = super().score_layer(view).importance
+        scorer = self.soft_tokens.scorer
+        if scorer is None:
+            return Scores(mass)
+        pool, slots = view.pool, view.job.span_slots
+        heads = slice(view.first_kv_head, view.first_kv_head + mass.shape[0])
+        log_importance = scorer(
+            mass,
+            pool.key[slots].float().transpose(0, 1) * pool.key_scale,
+            pool.value[slots].float().transpose(0, 1) * pool.value_scale,
+            mode=int(view.job.plan.ends_at_boundary),
+            where=(view.layer, heads),
+        )
+        return Scores(log_importance.softmax(-1), mass)
 
     def gate_scale(self, layer, first_kv_head, num_kv_heads):
         return self.soft_tokens.gate_scale[layer, first_kv_head : first_kv_head + num_kv_heads].unsqueeze(1)

@@ -170,7 +170,7 @@ def check_damage(damage):
 
 @pytest.mark.parametrize("path", ["x" * 300, "/tmp/" + "x" * 5000, "a\0b", __file__, "https://a/b", "a/b/c", "..."])
 def test_a_path_that_cannot_be_a_compressor_is_refused(path):
-    with pytest.raises(ValueError, match="metasoft path: .* is no directory and could not be downloaded"):
+    with pytest.raises(ValueError, match="metasoft path: .* is no directory, not shipped .* could not be downloaded"):
         check_compressor(path, SHAPE)
 
 

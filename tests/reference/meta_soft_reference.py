@@ -49,7 +49,7 @@ class Reference:
         queries = (w["to_query.weight"] @ hidden + w["to_query.bias"]).reshape(self.sizes["count"], -1)
         soft = []
         for number, query in enumerate(queries):
-            logits = w["row_keys"] @ query + w["bias"][number]
+            logits = w["row_keys"] @ query + w["bias"][int(not tail)][number]
             rows = sorted(range(len(logits)), key=lambda row: -logits[row].item())[: self.sizes["top"]]
             weights = torch.softmax(logits[rows], dim=0)
             soft.append(sum(weight * w["library"][row] for weight, row in zip(weights, rows, strict=True)))

@@ -111,7 +111,7 @@ def test_a_damaged_configuration_is_refused(folder, text):
 def test_an_unknown_format_is_refused(folder):
     config = json.loads((folder / "config.json").read_text()) | {"format": "metasoft-compressor-9"}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="format 'metasoft-compressor-9'; allowed: 'metasoft-compressor-1'"):
+    with pytest.raises(ValueError, match="format 'metasoft-compressor-9'; allowed: 'metasoft-compressor-2'"):
         check_compressor(str(folder), SHAPE)
 
 
@@ -132,5 +132,5 @@ def test_weights_that_lack_a_tensor_are_refused(folder, embed):
 
 def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="'no/such' is no directory and could not be downloaded"):
+    with pytest.raises(ValueError, match="'no/such' is no directory, not shipped .*, and could not be downloaded"):
         check_compressor("no/such", SHAPE)

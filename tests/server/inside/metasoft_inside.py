@@ -32,14 +32,15 @@ def register() -> None:
 def install(result, *args, **kwargs) -> None:
     """AFTER ``configure_scheduler_process``: only here may the product's modules be imported."""
     import metasoft_patches.compressor as compressor
+    import metasoft_patches.stages as stages
 
     from sglang_metasoft.chains import ChainIndex
 
     faults = Faults(json.loads(os.environ.get("METASOFT_INSIDE", "{}")))
     for owner, name, wrapper in (
         (compressor.SchedulerCompressor, "compress_finished", faults.compress_finished),
-        (compressor, "run_probe", faults.run_probe),
-        (compressor, "compress_layer", faults.compress_layer),
+        (stages, "run_probe", faults.run_probe),
+        (stages, "compress_layer", faults.compress_layer),
         (compressor.Committer, "reserve", faults.reserve),
         (compressor.Committer, "write", faults.write),
         (ChainIndex, "add", chain_added),

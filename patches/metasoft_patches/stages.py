@@ -1,0 +1,178 @@
+"""Runs the stages of a compression for the requests of a batch: from their plans to entries in new slots."""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from sglang.srt.runtime_context import get_parallel
+
+from metasoft_patches.kernels import choose_kernels
+from metasoft_patches.metrics import Metrics
+from metasoft_patches.probe_forward import ProbeBackend, run_probe, visit_layers
+from metasoft_patches.request import RequestState
+from metasoft_patches.served_model import LoadedModel
+from metasoft_patches.transfer import to_device
+from sglang_metasoft.adapter import Adapter
+from sglang_metasoft.batch import FusedBatch
+from sglang_metasoft.clock import StageClock, no_clock
+from sglang_metasoft.commit import Committer
+from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.merge import load_consolidation
+from sglang_metasoft.pipeline import compress_layer
+from sglang_metasoft.score import load_method
+from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Prompt
+
+
+class StageRunner:
+    """One per scheduler process.
+
+    Args:
+        scheduler: SGLang's, fully constructed.
+        config: the server's settings.
+        adapter: of this SGLang.
+        committer: bound to the scheduler's pools.
+        shape: of the served model.
+        metrics: None measures nothing.
+
+    Raises:
+        ValueError: the method or the kernels cannot serve this model.
+    """
+
+    def __init__(
+        self, scheduler, config: MetaSoftConfig, adapter: Adapter, committer: Committer, shape: ModelShape,
+        metrics: Metrics | None,
+    ) -> None:  # fmt: skip
+        self.scheduler, self.config, self.adapter = scheduler, config, adapter
+        self.committer, self.shape = committer, shape
+        self.runner = scheduler.tp_worker.model_runner
+        self.device = torch.device(self.runner.device)
+        self.rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
+        self.first_kv_head = self.rank * shape.num_kv_heads // size
+        self.reload()
+        consolidation = load_consolidation(config.consolidation or self.method.default_consolidation)
+        self.has_probe = self.method.needs_probe or consolidation.needs_probe
+        self.kernels = choose_kernels(
+            config, self.method, shape.num_heads // size, max(shape.num_kv_heads // size, 1), self.runner.dtype,
+            committer.pool.dtype,
+        )  # fmt: skip
+        self.clock = StageClock(self.device, metrics.stage_timed) if metrics is not None else None
+
+    def reload(self) -> None:
+        """Make the method anew, from the weights that the model has now."""
+        self.method = load_method(self.config.method)(self.config, self.shape, self._embed, self.device)
+        self.method.prepare(LoadedModel(self.scheduler, self.adapter, self._embed))
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.runner.model.model.embed_tokens(ids)
+
+    def run(self, items: list[tuple[object, Plan, torch.Tensor]]) -> list[bool]:
+        """Probe, score, route, merge and write the new slots of all items; runs on the forward stream.
+
+        Returns:
+            For each item whether its entries may be committed. Only a lone CPU process says no: any other device would
+            have to be waited for, and of several ranks, each with heads of its own, all must do the same. There the
+            stages themselves make harmless what is not finite.
+        """
+        jobs = [self._make_job(req, plan, slots) for req, plan, slots in items]
+        trace = [[] for _ in jobs] if self.config.trace_dir else None
+        finite = [[] for _ in jobs]
+        batch = self._fused_batch(jobs)
+        clock = no_clock
+        if self.clock is not None:
+            self.clock.drop()  # what a compression that failed has left
+            clock = self.clock
+        lengths = [job.probe.embeds.shape[0] for job in jobs]
+
+        def on_layer(layer, q, k, v, pool):
+            gate_scale = self.method.gate_scale(layer.layer_id, self.first_kv_head, layer.tp_k_head_num)
+            if batch is not None:
+                out, consolidated, flags = batch.compress(q, k, v, pool, gate_scale, layer.layer_id, clock)
+                for number, flag in enumerate(flags):
+                    finite[number].append(flag)
+                with clock("write"):
+                    self.committer.move(
+                        pool, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values
+                    )
+                if trace is not None:
+                    for number, kept in enumerate(batch.kept_of_jobs(consolidated.kept_rows)):
+                        trace[number].append((kept.cpu(), *read_entries(pool, jobs[number].new_slots, q.dtype)))
+                return out
+            outs = []
+            for number, (job, *tensors) in enumerate(
+                zip(jobs, q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+            ):
+                out, routes, merged, is_finite = compress_layer(
+                    job, *tensors, pool, self.method, self.config, gate_scale, layer.layer_id, self.first_kv_head, clock
+                )
+                finite[number].append(is_finite)
+                if trace is not None:
+                    trace[number].append((routes.kept.cpu(), merged.key.cpu().clone(), merged.value.cpu().clone()))
+                with clock("write"):
+                    self.committer.write(layer, job.new_slots, merged)
+                outs.append(out)
+            return torch.cat(outs)
+
+        backend = ProbeBackend(self.committer.req_to_token_pool, self.committer.pool, jobs, on_layer)
+        rows = to_device([self.adapter.row_index(req) for req, _, _ in items], torch.int64, self.device)
+        if self.has_probe:
+            run_probe(self.runner, backend, rows, self.adapter)
+        else:
+            visit_layers(self.runner, backend)
+        if self.clock is not None:
+            self.clock.finish()
+        if trace is not None:
+            for (req, plan, _), layers in zip(items, trace, strict=True):
+                self._write_trace(req, plan, layers)
+        if self.device.type != "cpu" or get_parallel().attn_tp_size > 1:
+            return [True] * len(jobs)
+        return [all(flags) for flags in finite]
+
+    def _fused_batch(self, jobs: list[Job]) -> FusedBatch | None:
+        attend = self.kernels.attend
+        return FusedBatch(jobs, self.method, self.config, attend, self.first_kv_head) if attend else None
+
+    def _make_job(self, req, plan: Plan, slots: torch.Tensor) -> Job:
+        state: RequestState = req.metasoft
+        chain_tokens = state.chain.tokens if state.chain else 0
+        span_end = chain_tokens + plan.span_tokens
+        context_slots = self.adapter.extend_end(req)
+        context_tokens = state.offset + context_slots
+        if plan.ends_at_boundary:
+            context_slots, context_tokens = plan.end_slots, span_end
+        # Outputs of a retracted request come after the prompt; they are part of the tail.
+        ids = state.raw_ids + req.output_ids
+        if self.has_probe:
+            probe = self.method.probe(
+                Prompt(
+                    span_ids=to_device(ids[chain_tokens:span_end], torch.int64, self.device),
+                    tail_ids=to_device(ids[span_end:context_tokens], torch.int64, self.device),
+                    context_slots=context_slots,
+                    context_tokens=context_tokens,
+                )
+            )
+        else:
+            probe = Probe(torch.empty(0, self.shape.hidden_size), context_slots, context_tokens)
+        row = self.committer.row(req)
+        return Job(
+            plan=plan,
+            probe=probe,
+            context_slots=row[: probe.context_slots].to(torch.int64),
+            span_slots=row[plan.start_slots : plan.end_slots].to(torch.int64),
+            new_slots=slots,
+        )
+
+    def _write_trace(self, req, plan: Plan, layers: list) -> None:
+        folder = Path(self.config.trace_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept, keys, values = (torch.stack(tensors) for tensors in zip(*layers, strict=True))
+        tensors = {"kept": kept, "key": keys, "value": values, "plan": torch.tensor(plan)}
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", req.rid)  # a client may choose its request's id
+        save_file(tensors, folder / f"{name}-{plan.start_slots}-rank{self.rank}.safetensors")
+
+
+def read_entries(pool: LayerPool, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V at these slots, ``[B, G, d]`` on the host: for traces."""
+    scaled = ((pool.key, pool.key_scale), (pool.value, pool.value_scale))
+    return tuple((buffer[slots].to(dtype) * scale).cpu() for buffer, scale in scaled)

@@ -1,0 +1,1 @@
+"""Training of a compressor: texts -> cases -> prepared contexts -> soft tokens -> a folder that the server loads."""

@@ -1,0 +1,46 @@
+"""What training minimises: how far the probe's view of a context is from what answers will look at."""
+
+from typing import NamedTuple
+
+import torch
+
+from sglang_metasoft.train.prepare import SINKS
+
+SOFTNESS = 0.5  # of the cut at the budget, in units of log importance
+CUT_FLOOR = 1e-12
+
+
+class Losses(NamedTuple):
+    """Means over layers and KV heads, each a scalar with gradient."""
+
+    divergence: torch.Tensor  # KL from the target to the importance, both without sinks
+    lost: torch.Tensor  # share of the target's attention that a cut at the budget drops
+
+
+def without_sinks(target: torch.Tensor) -> torch.Tensor:
+    """``[..., S - sinks]``, each row scaled to sum to one."""
+    rest = target[..., SINKS:]
+    return rest / rest.sum(-1, keepdim=True).clamp_min(CUT_FLOOR)
+
+
+def losses(log_importance: torch.Tensor, target: torch.Tensor, ratio: float) -> Losses:
+    """Compare a ranking with the attention that it is to save.
+
+    Args:
+        log_importance: ``[layers, G, S]``, up to a constant a head.
+        target: ``[layers, G, S]``.
+        ratio: span tokens per kept entry of the soft cut.
+    """
+    wanted = without_sinks(target)
+    scores = log_importance[..., SINKS:]
+    divergence = (wanted * (wanted.clamp_min(CUT_FLOOR).log() - scores.log_softmax(-1))).sum(-1).mean()
+    kept = max(1, round(scores.shape[-1] / ratio))
+    cut = scores.kthvalue(scores.shape[-1] - kept + 1, dim=-1, keepdim=True).values
+    lost = 1 - (wanted * torch.sigmoid((scores - cut) / SOFTNESS)).sum(-1).mean()
+    return Losses(divergence, lost)
+
+
+def orthogonality(library: torch.Tensor) -> torch.Tensor:
+    """``||L L^T - I||_F^2`` of a library ``[M, D]``."""
+    gram = library @ library.t()
+    return (gram - torch.eye(len(gram), device=gram.device)).square().sum()

@@ -1,0 +1,171 @@
+"""Cases -> prepared cases: keys, values and target maps, computed once by the frozen model and kept on disk."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sglang_metasoft.train.attention import Watch
+from sglang_metasoft.train.backbone import Backbone, Layers
+from sglang_metasoft.train.cases import Case
+
+QUESTION_SHARE = 0.25  # of a question-after target: the question's own rows, the rest is the answer's
+
+
+class Context(NamedTuple):
+    """Something to compress, and what matters in it."""
+
+    layers: Layers  # KV that the probe sees
+    span_ids: torch.Tensor  # [S]
+    last_ids: torch.Tensor  # [window] ids before the probe
+    at_boundary: bool  # nothing is known of what will be asked
+    target: torch.Tensor  # [layers, G, S] float32: attention that should survive
+    answers: list[tuple[list[int], list[int]]]  # (ids after the context, their answer) for validation
+
+
+class Prepared:
+    """One case: the prefix's KV, every question's KV, and the maps of its answer.
+
+    Tensors: ``keys``, ``values`` ``[layers, G, C, d]``; for question n ``keys.n``, ``values.n`` ``[layers, G, q, d]``,
+    ``asked.n``, ``answered.n`` ``[layers, G, C + q]``; ``repeated`` ``[layers, G, C]`` if the case asks for it.
+    """
+
+    def __init__(self, case: Case, tensors: dict[str, torch.Tensor], answers: list[list[int]]) -> None:
+        self.case, self.tensors, self.answers = case, tensors, answers
+
+    def _layers(self, *suffixes: str) -> Layers:
+        def joined(name: str) -> torch.Tensor:
+            return torch.cat([self.tensors[name + suffix] for suffix in suffixes], dim=2)
+
+        return Layers(zip(joined("keys"), joined("values"), strict=True))
+
+    def inside(self, number: int, window: int) -> Context:
+        """Question ``number`` is part of the prompt, and its answer is to come."""
+        ids = self.case.prefix + self.case.questions[number]
+        span = len(ids) - window
+        return Context(
+            layers=self._layers("", f".{number}"),
+            span_ids=torch.tensor(ids[:span]),
+            last_ids=torch.tensor(ids[span:]),
+            at_boundary=False,
+            target=self.tensors[f"answered.{number}"][..., :span],
+            answers=[([], self.answers[number])],
+        )
+
+    def boundary(self, window: int) -> Context:
+        """Only the prefix is known; all questions, and its repetition, are to come."""
+        length = len(self.case.prefix)
+        maps = [
+            QUESTION_SHARE * _share(self.tensors[f"asked.{n}"][..., :length])
+            + (1 - QUESTION_SHARE) * _share(self.tensors[f"answered.{n}"][..., :length])
+            for n in range(len(self.answers))
+        ]
+        target = _share(torch.stack(maps).amax(0))
+        if "repeated" in self.tensors:
+            target = (target + _share(self.tensors["repeated"])) / 2
+        ids = torch.tensor(self.case.prefix)
+        return Context(
+            layers=self._layers(""),
+            span_ids=ids,
+            last_ids=ids[-window:],
+            at_boundary=True,
+            target=target,
+            answers=list(zip(self.case.questions, self.answers, strict=True)),
+        )
+
+
+SINKS = 4
+
+
+def _share(attention: torch.Tensor) -> torch.Tensor:
+    """Without the sinks, which stay anyway, and summing to one."""
+    attention = attention.clone()
+    attention[..., :SINKS] = 0
+    return attention / attention.sum(-1, keepdim=True).clamp_min(1e-12)
+
+
+@torch.no_grad()
+def prepare(backbone: Backbone, case: Case, max_answer_tokens: int) -> Prepared:
+    """Run the model over a case; answers that the case leaves open are generated greedily."""
+    prefix = backbone.prefill(case.prefix)
+    length = len(case.prefix)
+    tensors = {"keys": _stacked(prefix, 0), "values": _stacked(prefix, 1)}
+    answers = []
+    for number, (question, answer) in enumerate(zip(case.questions, case.answers, strict=True)):
+        if answer is None:
+            answer = backbone.generate(prefix, question, max_answer_tokens)
+        answer = answer[:max_answer_tokens] or [backbone.tokenizer.eos_token_id]
+        answers.append(answer)
+        rows = question + answer[:-1]
+        asked = torch.arange(len(rows), device=backbone.device) < len(question) - 1
+        watch = Watch(length, torch.stack([asked, ~asked]))
+        _, cache = backbone.rows(backbone.tensor(rows), prefix, watch)
+        seen = slice(0, length + len(question))
+        maps = torch.stack(watch.means)[..., seen]  # [layers, 2, G, C + q]
+        tensors |= {f"asked.{number}": maps[:, 0], f"answered.{number}": maps[:, 1]}
+        tail = Layers((k[:, length : seen.stop], v[:, length : seen.stop]) for k, v in Layers.of(cache))
+        tensors |= {f"keys.{number}": _stacked(tail, 0), f"values.{number}": _stacked(tail, 1)}
+    if case.repeat_request:
+        rows = case.repeat_request + case.prefix[case.repeat_from :]
+        marked = torch.arange(len(rows), device=backbone.device) >= len(case.repeat_request)
+        watch = Watch(length, marked[None], maximum=True)
+        backbone.rows(backbone.tensor(rows), prefix, watch)
+        tensors["repeated"] = torch.stack(watch.maxima)
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    return Prepared(case, tensors, answers)
+
+
+def _stacked(layers: Layers, which: int) -> torch.Tensor:
+    return torch.stack([layer[which] for layer in layers]).to(torch.bfloat16)
+
+
+class Store:
+    """Prepared cases on disk, under the digest of the case: one file each, written whole or not at all.
+
+    Raises:
+        ValueError: the disk is full or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, backbone: Backbone, max_answer_tokens: int) -> None:
+        self.folder, self.backbone, self.max_answer_tokens = folder, backbone, max_answer_tokens
+        check = backbone.embed(torch.arange(8, device=backbone.device)).float().sum().item()
+        self.model = f"{backbone.shape} {check:.6g} {max_answer_tokens}"
+
+    def file(self, case: Case) -> Path:
+        digest = hashlib.sha256(json.dumps([self.model, case._asdict()]).encode()).hexdigest()
+        return self.folder / f"{digest[:24]}.safetensors"
+
+    def get(self, case: Case) -> Prepared:
+        """The prepared case, from disk or from the model."""
+        file = self.file(case)
+        if not file.is_file():
+            prepared = prepare(self.backbone, case, self.max_answer_tokens)
+            tensors = dict(prepared.tensors)
+            tensors |= {f"answer.{n}": torch.tensor(answer) for n, answer in enumerate(prepared.answers)}
+            write_atomically(file, lambda path: save_file(tensors, path))
+            return prepared
+        tensors = load_file(file)
+        answers = [tensors.pop(f"answer.{n}").tolist() for n in range(len(case.questions))]
+        return Prepared(case, tensors, answers)
+
+
+def write_atomically(file: Path, write) -> None:
+    """Call ``write(path)`` for a temporary file beside ``file`` and rename it: readers see the old or the new one.
+
+    Raises:
+        ValueError: it could not be written, for instance because the disk is full; ``file`` is as it was.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except Exception as error:  # safetensors has its own error type for a full disk
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"{file} could not be written: {error}") from None

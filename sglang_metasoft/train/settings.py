@@ -1,0 +1,70 @@
+"""The settings of one training run, checked on construction."""
+
+import dataclasses
+from pathlib import Path
+
+METHODS = ("metasoft", "judge_q")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """What ``sglang-metasoft train`` is told; every field is a flag.
+
+    Raises:
+        ValueError: a value is outside its allowed range; the message names both.
+    """
+
+    model: str
+    data: Path
+    output: Path
+    method: str = "metasoft"
+    soft_tokens: int = 32
+    scorer_width: int = 32  # of the entry scorer; 0: the probe's attention alone, as in the paper
+    cases: int = 240  # distinct prompts, prepared once and kept on disk
+    steps: int = 600  # library and selector together
+    selector_steps: int = 60  # library frozen
+    batch: int = 2  # contexts a step and process; every second one ends at a boundary
+    learning_rate: float = 0.02
+    orthogonality: float = 0.05
+    lost_weight: float = 1.0  # of the attention lost at a cut, beside the divergence
+    min_prefix_tokens: int = 350
+    max_prefix_tokens: int = 800
+    answer_tokens: int = 48
+    repeat_share: float = 0.6
+    window: int = 64
+    validation_cases: int = 8
+    validate_every: int = 150
+    checkpoint_every: int = 25
+    seed: int = 0
+    dtype: str = "float32"
+    device: str = "cpu"
+    prepared: Path | None = None  # folder of prepared cases; default: inside the output folder
+    exclude: tuple[Path, ...] = ()  # held-out text; training texts that share 13 words in a row with it are left out
+
+    def __post_init__(self) -> None:
+        least = dict(
+            soft_tokens=1, scorer_width=0, cases=1, steps=1, selector_steps=0, batch=1, min_prefix_tokens=64,
+            max_prefix_tokens=self.min_prefix_tokens, answer_tokens=1, window=1, validation_cases=1, validate_every=1,
+            checkpoint_every=1, learning_rate=1e-9, orthogonality=0, lost_weight=0, repeat_share=0,
+        )  # fmt: skip
+        for name, low in least.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"train {name}: {getattr(self, name)!r} is not allowed; allowed: at least {low}")
+        for name, allowed in (("method", METHODS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"train {name}: {getattr(self, name)!r} is not allowed; allowed: one of: {', '.join(allowed)}"
+                )
+        if self.method == "judge_q" and self.orthogonality:
+            object.__setattr__(self, "orthogonality", 0.0)
+
+    @property
+    def total_steps(self) -> int:
+        """Both stages; static soft tokens have one."""
+        return self.steps + (self.selector_steps if self.method == "metasoft" else 0)
+
+    def fingerprint(self) -> dict:
+        """What must not change between an interrupted run and its continuation."""
+        free = {"output", "validate_every", "checkpoint_every", "prepared", "device", "validation_cases"}
+        return {k: str(v) for k, v in dataclasses.asdict(self).items() if k not in free}

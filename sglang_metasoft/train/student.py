@@ -1,0 +1,115 @@
+"""What is trained: soft tokens and entry scorer (metasoft), or static soft tokens (judge_q)."""
+
+import torch
+from torch import nn
+
+from sglang_metasoft.entry_scorer import MASS_FLOOR
+from sglang_metasoft.soft_tokens import LIBRARY_ROWS, SoftTokens
+from sglang_metasoft.train.attention import Probing
+from sglang_metasoft.train.backbone import Backbone
+from sglang_metasoft.train.prepare import Context
+
+OWN_ROW_LOGIT, MEAN_ROW_LOGIT, OTHER_LOGIT_SCALE = 4.0, 3.0, 0.5
+
+
+class Student(nn.Module):
+    """Base: a probe for a context, and how its attention becomes log importance."""
+
+    def tokens(self, backbone: Backbone, context: Context, noise: torch.Tensor | None) -> torch.Tensor:
+        """``[k, D]`` soft tokens, with gradients."""
+        raise NotImplementedError
+
+    def refine(self, mass: torch.Tensor, context: Context, backbone: Backbone) -> torch.Tensor:
+        """``[layers, G, S]`` log importance from attention ``[layers, G, S]``."""
+        return mass.clamp_min(MASS_FLOOR).log()
+
+    def probe(self, backbone: Backbone, context: Context, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """``[layers, G, S]`` attention that the soft tokens pay to the span."""
+        probing = Probing(len(context.span_ids))
+        backbone.rows(self.tokens(backbone, context, noise), context.layers, probing)
+        return torch.stack(probing.importance)
+
+
+class Dynamic(Student):
+    """Meta-library, selector and entry scorer."""
+
+    def __init__(self, soft: SoftTokens) -> None:
+        super().__init__()
+        self.soft = soft
+
+    @classmethod
+    @torch.no_grad()
+    def create(cls, backbone: Backbone, count: int, scorer: int, seed: int) -> "Dynamic":
+        """Library rows: the mean of the embedding table, then random rows of it, made orthonormal in this order.
+
+        Each soft token starts as a row of its own plus a share of the mean.
+        """
+        shape, table = backbone.shape, backbone.model.get_input_embeddings().weight.float().cpu()
+        rows = min(LIBRARY_ROWS, shape.hidden_size)
+        generator = torch.Generator().manual_seed(seed)
+        soft = SoftTokens(
+            shape.hidden_size, rows, count, shape.num_layers, shape.num_kv_heads, scorer=scorer, head_dim=shape.head_dim
+        )
+        picked = table[torch.randperm(len(table), generator=generator)[: rows - 1]]
+        q, r = torch.linalg.qr(torch.cat([table.mean(0, keepdim=True), picked]).t().double())
+        soft.library.copy_((q * r.diagonal().sign()).t())
+        soft.norm.fill_(table.norm(dim=-1).mean() * 1.5)
+        for name, parameter in soft.named_parameters():
+            if name.startswith(("trunk", "to_query", "row_keys")):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.03)
+        soft.bias.copy_(torch.randn(soft.bias.shape[1:], generator=generator) * OTHER_LOGIT_SCALE)
+        own = torch.arange(count)
+        soft.bias[:, own, 1 + own % (rows - 1)] = OWN_ROW_LOGIT
+        soft.bias[:, own, 0] = MEAN_ROW_LOGIT
+        ids = torch.arange(len(soft.embedding_check)) * (shape.vocab_size // len(soft.embedding_check))
+        soft.embedding_check.copy_(table[ids])
+        return cls(soft)
+
+    @torch.no_grad()
+    def calibrate(self, backbone: Backbone, contexts: list[Context], seed: int) -> None:
+        """Set the entry scorer to the identity, its features standardised over some contexts."""
+        if self.soft.scorer is None:
+            return
+        sums = squares = count = 0
+        for context in contexts:
+            x = self.soft.scorer.features(self.probe(backbone, context), *entries(context, backbone))
+            sums, squares, count = sums + x.sum(-2), squares + x.square().sum(-2), count + x.shape[-2]
+        mean = sums / count
+        deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
+        self.soft.scorer.initialise(mean, deviation, torch.Generator().manual_seed(seed))
+
+    def tokens(self, backbone, context, noise):
+        span, last = context.span_ids.to(backbone.device), context.last_ids.to(backbone.device)
+        logits = self.soft.selection_logits(self.soft.features(backbone.embed, span, last), int(context.at_boundary))
+        return self.soft.compose(logits if noise is None else logits + noise)
+
+    def refine(self, mass, context, backbone):
+        if self.soft.scorer is None:
+            return super().refine(mass, context, backbone)
+        return self.soft.scorer(mass, *entries(context, backbone), int(context.at_boundary))
+
+
+class Static(Student):
+    """Judge Q: the same soft tokens for every context."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        super().__init__()
+        self.static_tokens = nn.Parameter(tokens)
+
+    @classmethod
+    @torch.no_grad()
+    def create(cls, backbone: Backbone, count: int, seed: int) -> "Static":
+        table = backbone.model.get_input_embeddings().weight.float()
+        picked = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))[:count]
+        return cls(table[picked.to(table.device)].clone())
+
+    def tokens(self, backbone, context, noise):
+        return self.static_tokens
+
+
+def entries(context: Context, backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the span, ``[layers, G, S, d]``."""
+    span = len(context.span_ids)
+    return tuple(
+        torch.stack([layer[which][:, :span] for layer in context.layers]).to(backbone.device) for which in (0, 1)
+    )

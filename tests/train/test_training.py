@@ -1,0 +1,183 @@
+"""The whole run on a tiny model: what it writes, resumption, interruption, a full disk."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sglang_metasoft import cli
+from sglang_metasoft.soft_tokens import SoftTokens
+from sglang_metasoft.train import checkpoint
+from sglang_metasoft.train.backbone import Backbone
+from sglang_metasoft.train.command import train
+from sglang_metasoft.train.curves import Curves
+
+CPU = torch.device("cpu")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / checkpoint.NAME)
+
+
+def test_a_run_writes_what_the_server_loads(settings, tiny_model):
+    s = settings()
+    scores = train(s)
+    backbone = Backbone(str(tiny_model), CPU, torch.float32)
+    soft = SoftTokens.load(str(s.output / "compressor"), backbone.shape, backbone.embed, CPU)
+    assert soft.count == 4 and soft.scorer is not None
+    assert (s.output / "compressor" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (s.output / "curves.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "divergence" in row] == list(range(1, 7))
+    assert all("orthogonality" in row for row in rows if "divergence" in row)
+    for method in ("metasoft", "snapkv", "oracle"):
+        assert {f"overlap {method} inside 4x", f"answer loss {method} boundary 8x"} <= scores.keys()
+    assert scores["overlap oracle inside 4x"] == 1
+    assert not (s.output / "compressor").joinpath("model.bin").exists()
+
+
+def test_training_lowers_the_loss(settings):
+    s = settings(steps=40, selector_steps=5, cases=2)
+    train(s)
+    rows = [json.loads(line) for line in (s.output / "curves.jsonl").read_text().splitlines()]
+    losses = [row["divergence"] for row in rows if "divergence" in row]
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+def test_the_library_stays_nearly_orthonormal_and_is_frozen_in_stage_two(settings):
+    s = settings(steps=3, selector_steps=0)
+    train(s)
+    before = weights(s.output)["module.soft.library"]
+    gram = before @ before.t()
+    assert (gram - torch.eye(len(gram))).square().sum() < 0.5
+    s = settings(steps=3, selector_steps=2, output=s.output.with_name("longer"))
+    train(s)
+    after = weights(s.output)
+    assert torch.equal(after["module.soft.bias"][0].isfinite(), torch.ones_like(after["module.soft.bias"][0]).bool())
+    # The learning rate's schedule differs with the number of steps, so compare within the second run.
+    assert after["optimiser.soft.library.step"] == 3 and after["optimiser.soft.bias.step"] == 5
+
+
+@pytest.mark.parametrize("method", ["metasoft", "judge_q"])
+def test_an_interrupted_run_continues_to_the_same_weights(settings, monkeypatch, method):
+    whole = settings(method=method, output=settings().output.with_name("whole"))
+    train(whole)
+    cut = settings(method=method, checkpoint_every=3, output=whole.output.with_name("cut"))
+    add = Curves.add
+
+    def interrupt(self, step, values):
+        if step == 5:
+            raise KeyboardInterrupt
+        add(self, step, values)
+
+    if method == "metasoft":
+        monkeypatch.setattr(Curves, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    else:
+        monkeypatch.setattr(Curves, "add", lambda self, step, values: interrupt(self, step + 1, values))
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    monkeypatch.setattr(Curves, "add", add)
+    last = weights(cut.output)
+    train(cut)
+    done, expected = weights(cut.output), weights(whole.output)
+    assert done.keys() == expected.keys() and any(not torch.equal(done[name], last[name]) for name in done)
+    for name, tensor in expected.items():
+        assert torch.equal(done[name], tensor), name
+
+
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(settings, monkeypatch):
+    s = settings(checkpoint_every=3)
+    add, limits = Curves.add, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(self, step, values):
+        if step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        add(self, step, values)
+
+    monkeypatch.setattr(Curves, "add", fill)
+    try:
+        with pytest.raises(ValueError, match="checkpoint.safetensors could not be written"):
+            train(s)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert weights(s.output)["optimiser.soft.bias.step"] == 3
+    assert [file.name for file in s.output.glob(".*")] == []
+    monkeypatch.setattr(Curves, "add", add)
+    train(s)
+
+
+def test_other_settings_do_not_continue_a_run(settings):
+    train(settings())
+    with pytest.raises(ValueError, match="other settings: soft_tokens 4 there, 5 here"):
+        train(settings(soft_tokens=5))
+
+
+def test_a_damaged_checkpoint_is_named(settings):
+    s = settings()
+    s.output.mkdir()
+    (s.output / checkpoint.NAME).write_bytes(b"junk")
+    with pytest.raises(ValueError, match="cannot be read.*delete it to start again"):
+        train(s)
+
+
+def test_static_tokens_are_written_as_judge_q(settings):
+    s = settings(method="judge_q")
+    train(s)
+    config = json.loads((s.output / "compressor" / "config.json").read_text())
+    tensors = load_file(s.output / "compressor" / "model.safetensors")
+    assert config["method"] == "judge_q" and tensors["static_tokens"].shape == (4, 48)
+    assert sorted(tensors) == ["embedding_check", "static_tokens"]
+
+
+def test_the_command_names_what_is_wrong(capsys, tmp_path, tiny_model, corpus):
+    def run(*flags) -> str:
+        base = ["train", "--model", str(tiny_model), "--data", str(corpus), "--output", str(tmp_path / "out")]
+        assert cli.main([*base, *flags]) == 2
+        return capsys.readouterr().err
+
+    assert "soft_tokens: 0 is not allowed; allowed: at least 1" in run("--soft-tokens", "0")
+    assert "'/no/such' is not a causal language model" in run("--model", "/no/such")
+    assert "holds no text" in run("--data", str(tmp_path))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": 3}\n')
+    assert "bad.jsonl:1" in run("--data", str(bad))
+    assert "every text overlaps the held-out text" in run("--exclude", str(corpus))
+    assert "no case of 20000 to" in run("--min-prefix-tokens", "20000", "--max-prefix-tokens", "30000")
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
+    """The averaged gradient is that of one process that takes all contexts; Adam's first mean is a tenth of it."""
+    alone = settings(batch=4, steps=1, selector_steps=0)
+    train(alone)
+    flags = {
+        "--model": alone.model, "--data": alone.data, "--prepared": alone.prepared, "--output": tmp_path / "two",
+        "--soft-tokens": 4, "--scorer-width": 4, "--cases": 3, "--steps": 1, "--selector-steps": 0, "--batch": 2,
+        "--min-prefix-tokens": 80, "--max-prefix-tokens": 120, "--window": 16, "--answer-tokens": 8,
+        "--validation-cases": 1,
+    }  # fmt: skip
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        "1",
+    ]
+    command = [*launch, "-m", "sglang_metasoft.cli", "train", *(str(part) for pair in flags.items() for part in pair)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = weights(tmp_path / "two"), weights(alone.output)
+    gradients = {name: tensor for name, tensor in one.items() if name.endswith(".exp_avg")}
+    assert len(gradients) == 13
+    for name, tensor in gradients.items():
+        assert tensor.abs().max() > 0, name
+        torch.testing.assert_close(two[name], tensor, atol=1e-3 * tensor.abs().max().item(), rtol=1e-3, msg=name)

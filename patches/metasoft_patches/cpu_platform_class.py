@@ -21,7 +21,7 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
 
     def apply_server_args_defaults(self, server_args) -> None:
-        """Fill in what the user left open: a KV pool that fits a laptop, whatever the model, a fast type, torch sampling."""
+        """Fill in what the user left open: a KV pool that fits a laptop, a type that is fast here, torch sampling."""
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_POOL_TOKENS
         if server_args.mem_fraction_static is None:

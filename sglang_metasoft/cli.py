@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from sglang_metasoft.eval import cli as evaluation
 from sglang_metasoft.version import __version__
 
 
@@ -21,7 +22,10 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--folder", type=Path, default=Path(".demo"), help=help_folder)
     for command in (demo, serve):
         command.add_argument("flags", nargs="*", help="further server arguments, after --")
+    evaluation.add_commands(commands)
     args = parser.parse_args(argv)
+    if args.command in evaluation.COMMANDS:
+        return evaluation.run(args)
 
     from sglang_metasoft.demo import conversation, model
 

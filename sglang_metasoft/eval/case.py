@@ -21,8 +21,8 @@ class Turn(NamedTuple):
 class Case:
     """A document and what is asked about it.
 
-    The prompt of a turn is the document, earlier turns with their true answers, and the turn's own question. Document
-    and questions are tokenised apart, so that both modes and all runners see the same ids.
+    The prompt of a turn is the document, earlier turns with their true answers, and the turn's own question. Document,
+    questions and what follows them are tokenised apart, so that all modes and runners see the same ids.
     """
 
     task: str
@@ -44,6 +44,7 @@ class Rendered(NamedTuple):
 
     ids: list[int]
     boundary_tokens: int  # length of the document, template head included
+    question_end_tokens: int  # where the last question ends; at least one token follows
     text: str
 
 
@@ -91,12 +92,14 @@ def render(case: Case, turn: int, tokenizer) -> Rendered:
     """The token ids of a turn's prompt and where its document ends."""
     head, tail, following = template_parts(tokenizer) if case.is_chat else ("", "", "")
     before = head + case.document
-    after = ""
+    asked = ""
     for earlier in case.turns[:turn]:
-        after += earlier.question + tail + earlier.answer_prefix + " " + earlier.answers[0] + following
-    after += case.turns[turn].question + tail + case.turns[turn].answer_prefix
-    first, rest = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, after))
-    return Rendered(first + rest, len(first), before + after)
+        asked += earlier.question + tail + earlier.answer_prefix + " " + earlier.answers[0] + following
+    asked += case.turns[turn].question
+    after = tail + case.turns[turn].answer_prefix
+    first, question, rest = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, asked, after))
+    ids = first + question + rest
+    return Rendered(ids, len(first), len(ids) - max(len(rest), 1), before + asked + after)
 
 
 def make_case(task: Task, tokenizer, sources, length_tokens: int, seed: int, index: int) -> Case:

@@ -89,6 +89,7 @@ METRICS: dict[str, Callable[[str, Sequence[str], dict], float]] = {
         string_match_all, string_match_part, qa_f1, rouge_l, classification, retrieval, count, code_similarity,
     )
 }  # fmt: skip
+MONOTONE = {"string_match_all", "string_match_part"}  # more text never lowers these
 PERPLEXITY = "perplexity"  # scored by log-probabilities, not by an answer
 
 

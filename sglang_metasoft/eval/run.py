@@ -9,6 +9,13 @@ from sglang_metasoft.eval.client import Server, measure, new_run_id
 from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.eval.records import FULL, Store, make_key, make_record
 
+REPORTED = (
+    "metasoft_span_tokens",
+    "metasoft_kv_tokens",
+    "metasoft_reused_tokens",
+    "metasoft_bypass",
+    "cached_tokens",
+)
 OTHER_TEXT = "##"  # begins no task's question
 
 

@@ -1,6 +1,6 @@
 """The same cases through kvpress 0.5.5, so that peers are their authors' own code.
 
-Runs in an environment of its own (``make kvpress``), which has neither SGLang nor this package installed:
+Runs in an environment of its own (``make .venv-kvpress/.installed``), which has neither SGLang nor this package installed:
 
     PYTHONPATH=. .venv-kvpress/bin/python -m sglang_metasoft.eval.kvpress_runner \
         --model .demo/SmolLM2-135M-Instruct --tasks ruler --modes inside after --output kvpress.jsonl

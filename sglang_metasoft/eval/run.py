@@ -68,16 +68,7 @@ class Run:
                 found = measure(self.server, case, turn, mode, ratio, prompt, self.other_ids, self.run_id)
                 fields = {"logprobs": found.answer.logprobs} if case.metric == PERPLEXITY else {}
                 meta = found.answer.meta
-                reported = {
-                    name: meta[name]
-                    for name in (
-                        "metasoft_span_tokens",
-                        "metasoft_kv_tokens",
-                        "metasoft_reused_tokens",
-                        "cached_tokens",
-                    )
-                    if name in meta
-                }
+                reported = {name: meta[name] for name in REPORTED if name in meta}
                 record = make_record(
                     case, turn, mode, FULL if ratio == 1 else self.label, ratio,
                     prediction=found.answer.text, problem=found.problem, seconds=round(found.seconds, 3),

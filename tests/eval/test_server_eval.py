@@ -45,6 +45,14 @@ def in_process(model_dir, arguments, tmp_path_factory):
     return path
 
 
+def evaluate(server, task, data_folder, path, *more) -> list[str]:
+    """A command that asks one case of one task."""
+    return [
+        "eval", "--url", server.url, "--label", "snapkv", "--tasks", task, "--lengths", LENGTH, "--ratios", *RATIOS,
+        "--cases", "1", "--data", str(data_folder), "--output", str(path), *more,
+    ]  # fmt: skip
+
+
 def by_key(path) -> dict[tuple, dict]:
     return {(r["task"], r["turn"], r["mode"], r["method"]): r for r in read_records(path)}
 
@@ -91,9 +99,7 @@ def test_a_second_run_asks_nothing(server, served, arguments, capsys):
 
 def test_chat_api_gives_the_answer_of_token_ids(server, served, data_folder, tmp_path):
     path = tmp_path / "chat.jsonl"
-    command = ["eval", "--url", server.url, "--api", "chat", "--label", "snapkv", "--tasks", "niah_single_1", "--lengths",
-               LENGTH, "--ratios", *RATIOS, "--cases", "1", "--data", str(data_folder), "--output", str(path)]  # fmt: skip
-    assert main(command) == 0
+    assert main(evaluate(server, "niah_single_1", data_folder, path, "--api", "chat")) == 0
     expected = by_key(served)
     for key, record in by_key(path).items():
         assert record["problem"] is None
@@ -102,9 +108,7 @@ def test_chat_api_gives_the_answer_of_token_ids(server, served, data_folder, tmp
 
 def test_completions_do_not_report_compression_and_are_not_scored(server, data_folder, tmp_path):
     path = tmp_path / "completions.jsonl"
-    command = ["eval", "--url", server.url, "--api", "completions", "--label", "snapkv", "--tasks", "vt", "--lengths",
-               LENGTH, "--ratios", *RATIOS, "--cases", "1", "--data", str(data_folder), "--output", str(path)]  # fmt: skip
-    assert main(command) == 0
+    assert main(evaluate(server, "vt", data_folder, path, "--api", "completions")) == 0
     scores = {record["ratio"]: (record["score"], record["problem"]) for record in map(json.loads, path.open())}
     assert scores[4.0] == (None, "not_reported") and scores[1.0][0] is not None
 

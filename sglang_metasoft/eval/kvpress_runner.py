@@ -1,6 +1,6 @@
 """The same cases through kvpress 0.5.5, so that peers are their authors' own code.
 
-Runs in an environment of its own (``make .venv-kvpress/.installed``), which has neither SGLang nor this package installed:
+Runs in an environment of its own (``make .venv-kvpress/.installed``), without SGLang:
 
     PYTHONPATH=. .venv-kvpress/bin/python -m sglang_metasoft.eval.kvpress_runner \
         --model .demo/SmolLM2-135M-Instruct --tasks ruler --modes inside after --output kvpress.jsonl
@@ -37,6 +37,7 @@ LAYERWISE: dict[str, Callable[[], kvpress.BasePress]] = {
     "critical_snapkv": lambda: kvpress.CriticalKVPress(kvpress.SnapKVPress()),
     "critical_adakv_snapkv": lambda: kvpress.CriticalAdaKVPress(kvpress.SnapKVPress()),
     "expected_attention": lambda: kvpress.AdaKVPress(kvpress.ExpectedAttentionPress(epsilon=1e-2)),
+    "expected_attention_uniform": kvpress.ExpectedAttentionPress,
     "critical_adakv_expected_attention": lambda: kvpress.CriticalAdaKVPress(
         kvpress.ExpectedAttentionPress(use_vnorm=False)
     ),
@@ -122,7 +123,7 @@ class Runner:
             for turn in range(len(case.turns)):
                 prompt = render(case, turn, self.tokenizer)
                 for mode in self.modes:
-                    if mode == "after" or not (turn or case.metric == PERPLEXITY):
+                    if case.metric != PERPLEXITY and (mode == "after" or turn == 0):
                         self._answer(case, turn, mode, prompt)
 
     @torch.no_grad()
@@ -194,18 +195,15 @@ class Runner:
 
     def _continue(self, case: Case, turn: int, cache: DynamicCache, ids: list[int], position: int) -> dict:
         """Run ``ids`` over the cache at logical ``position``, then decode greedily as kvpress' pipeline does."""
-        feed, answer = ids, []
+        answer: list[int] = []
+        lengths = {layer.keys.shape[2] for layer in cache.layers}
+        if len(lengths) > 1:  # transformers makes one mask for all layers, and none for a single token
+            for token in ids[:-1]:
+                self._step([token], position, cache)
+                position += 1
+        feed = ids if len(lengths) == 1 else ids[-1:]
         for _ in range(max(case.max_new_tokens, 1)):
-            positions = torch.arange(position, position + len(feed))[None]
-            is_book = case.metric == PERPLEXITY
-            logits = self.model(
-                input_ids=torch.tensor([feed]), past_key_values=cache, position_ids=positions,
-                logits_to_keep=0 if is_book else 1,
-            ).logits[0]  # fmt: skip
-            if is_book:
-                logprobs = logits[:-1].float().log_softmax(-1)
-                values = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
-                return {"logprobs": values, "prediction": ""}
+            logits = self._step(feed, position, cache)
             position += len(feed)
             feed = [int(logits[-1].argmax())]
             answer += feed
@@ -213,6 +211,13 @@ class Runner:
             if answer[-1] in self.end_ids or is_settled(case, turn, text):
                 break
         return {"prediction": text}
+
+    def _step(self, ids: list[int], position: int, cache: DynamicCache) -> torch.Tensor:
+        """``[1, vocabulary]`` logits after ``ids``."""
+        positions = torch.arange(position, position + len(ids))[None]
+        return self.model(
+            input_ids=torch.tensor([ids]), past_key_values=cache, position_ids=positions, logits_to_keep=1
+        ).logits[0]
 
 
 def main() -> int:

@@ -64,8 +64,14 @@ class Run:
         for turn in range(len(case.turns)):
             wanted = self._wanted(case, turn)
             prompt = render(case, turn, self.tokenizer) if wanted else None
+            full = None  # the same in every mode
             for mode, ratio in wanted:
-                found = measure(self.server, case, turn, mode, ratio, prompt, self.other_ids, self.run_id)
+                found = (
+                    full
+                    if ratio == 1 and full
+                    else measure(self.server, case, turn, mode, ratio, prompt, self.other_ids, self.run_id)
+                )
+                full = found if ratio == 1 else full
                 fields = {"logprobs": found.answer.logprobs} if case.metric == PERPLEXITY else {}
                 meta = found.answer.meta
                 reported = {name: meta[name] for name in REPORTED if name in meta}

@@ -33,6 +33,7 @@ def add_commands(commands) -> None:
     report = commands.add_parser("eval-report", help="JSON, tables and plots from result files")
     report.add_argument("results", nargs="+", type=Path, help="result files, one for each server or runner")
     report.add_argument("--output", type=Path, required=True, help="folder to write")
+    report.add_argument("--reference", help="a method that all others are compared with, case by case")
     data = commands.add_parser("eval-data", help="fetch the texts that tasks are made of")
     data.add_argument("--data", type=Path, default=FOLDER, help="folder of the texts")
 
@@ -121,7 +122,7 @@ def _eval_hf(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from sglang_metasoft.eval import report
 
-    for path in report.write(report.load(args.results), args.output):
+    for path in report.write(report.load(args.results), args.output, args.reference):
         print(path)
 
 

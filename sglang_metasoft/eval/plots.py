@@ -21,13 +21,14 @@ def _pyplot():
 
 
 def quality(summary: dict, folder: Path) -> list[Path]:
-    """``quality-<length>-<mode>.png``: share of the full cache's score against the ratio, bars are 95 % intervals."""
+    """``quality-<length>-<mode>-<group>.png``: share of the full cache's score against the ratio, 95 % intervals."""
     pyplot = _pyplot()
     paths = []
-    for length, mode in sorted({(cell["length_tokens"], cell["mode"]) for cell in summary["cells"]}):
+    for place in sorted({(cell["length_tokens"], cell["mode"], cell["group"]) for cell in summary["cells"]}):
+        length, mode, group = place
         lines = defaultdict(list)
         for cell in summary["cells"]:
-            if (cell["length_tokens"], cell["mode"], cell["group"]) == (length, mode, "all"):
+            if (cell["length_tokens"], cell["mode"], cell["group"]) == place:
                 lines[cell["method"]].append((cell["ratio"], cell["retention"], *cell["retention_interval"]))
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
         for number, (method, points) in enumerate(sorted(lines.items())):
@@ -41,9 +42,9 @@ def quality(summary: dict, folder: Path) -> list[Path]:
         axes.set_xticks(ratios, [f"{ratio:g}×" for ratio in ratios])
         axes.set_xlabel("prompt tokens per kept entry")
         axes.set_ylabel("score kept, % of the full cache's")
-        axes.set_title(f"{length} tokens, question {mode}")
+        axes.set_title(f"{length} tokens, question {mode}, {group} task families")
         axes.legend(fontsize="x-small", ncols=2)
-        paths.append(_save(figure, folder / f"quality-{length}-{mode}.png"))
+        paths.append(_save(figure, folder / f"quality-{length}-{mode}-{group}.png"))
     return paths
 
 

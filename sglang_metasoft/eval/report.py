@@ -7,12 +7,14 @@ from pathlib import Path
 from sglang_metasoft.eval.records import FULL, read_records
 from sglang_metasoft.eval.statistics import (
     able_tasks,
+    advantage,
+    case_of,
+    estimate,
     full_scores,
-    interval,
-    mean_score,
     paired,
     perplexity,
     retention,
+    score,
 )
 from sglang_metasoft.eval.tasks import TRAINED_FAMILIES
 
@@ -37,15 +39,18 @@ def load(paths: list[Path]) -> list[dict]:
     return list(records.values())
 
 
-def summarise(records: list[dict]) -> dict:
+def summarise(records: list[dict], reference: str | None = None) -> dict:
     """Everything the report shows, as plain data.
+
+    Args:
+        reference: a method that all others are compared with.
 
     Returns:
         ``cells``: one entry for each length, mode, group of families, method and ratio, with mean score, retention and
         their 95 % intervals; ``tasks``: mean score of each task; ``perplexity``; ``problems``: answers that were not
         scored, by method and reason.
     """
-    cells, tasks, books = [], [], []
+    cells, tasks, books, comparisons = [], [], [], []
     settings = sorted({(record["length_tokens"], record["mode"]) for record in records})
     for length, mode in settings:
         here = [record for record in records if record["length_tokens"] == length]
@@ -67,6 +72,8 @@ def summarise(records: list[dict]) -> dict:
                     cells.append(where | {"group": group} | _cell(pairs))
             for task, values in paired(mine, full, families).items():
                 tasks.append(where | {"task": task, "family": families[task], "cases": len(values)} | _means(values))
+        if reference is not None:
+            comparisons += [place | row for row in _compare(here, reference, able)]
         books += [
             place | {"method": method, "ratio": ratio, "perplexity": value}
             for (method, ratio), value in sorted(perplexity(here).items())
@@ -75,6 +82,8 @@ def summarise(records: list[dict]) -> dict:
     return {
         "cells": cells,
         "tasks": tasks,
+        "comparisons": comparisons,
+        "reference": reference,
         "perplexity": books,
         "problems": [
             {"method": method, "mode": mode, "problem": problem, "answers": count}
@@ -84,14 +93,27 @@ def summarise(records: list[dict]) -> dict:
 
 
 def _cell(pairs) -> dict:
+    (mean, mean_interval), (kept, kept_interval) = estimate(pairs, score), estimate(pairs, retention)
     return {
         "tasks": list(pairs),
         "cases": sum(len(values) for values in pairs.values()),
-        "score": mean_score(pairs),
-        "score_interval": interval(pairs, mean_score),
-        "retention": retention(pairs),
-        "retention_interval": interval(pairs, retention),
+        "score": mean,
+        "score_interval": mean_interval,
+        "retention": kept,
+        "retention_interval": kept_interval,
     }
+
+
+def _compare(here: list[dict], reference: str, able: list[str]) -> list[dict]:
+    """What the reference method has over each other at the same ratio, case by case."""
+    rows = []
+    for method, ratio in sorted({(r["method"], r["ratio"]) for r in here if r["method"] not in (FULL, reference)}):
+        at_ratio = [r for r in here if r["ratio"] == ratio and r["score"] is not None and r["task"] in able]
+        theirs = {case_of(r): r["score"] for r in at_ratio if r["method"] == reference}
+        if pairs := paired([r for r in at_ratio if r["method"] == method], theirs, able):
+            value, interval = estimate(pairs, advantage)
+            rows.append({"method": method, "ratio": ratio, "advantage": value, "interval": interval})
+    return rows
 
 
 def _means(values) -> dict:
@@ -119,6 +141,14 @@ def markdown(summary: dict) -> str:
         members = {group: next((c["tasks"] for c in here if c["group"] == group), []) for group in (SEEN, UNSEEN)}
         lines += [""] + [f"{group}: {', '.join(names)}" for group, names in members.items() if names]
         lines += _task_table([t for t in summary["tasks"] if (t["length_tokens"], t["mode"]) == (length, mode)])
+    if summary["comparisons"]:
+        lines += [f"\n### What {summary['reference']} has over others\n"]
+        lines += ["Points of the mean score at the same ratio, case by case (95 % interval).\n"]
+        lines += ["| tokens | question | method | ratio | points |", "|---|---|---|---|---|"]
+        for row in summary["comparisons"]:
+            low, high = row["interval"]
+            where = f"| {row['length_tokens']} | {row['mode']} | {row['method']} | {row['ratio']:g} |"
+            lines.append(f"{where} {_percent(row['advantage'])} ({_percent(low)} to {_percent(high)}) |")
     if summary["perplexity"]:
         lines += [
             "\n### Perplexity of a book's next tokens\n",
@@ -154,15 +184,18 @@ def _task_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def write(records: list[dict], folder: Path) -> list[Path]:
+def write(records: list[dict], folder: Path, reference: str | None = None) -> list[Path]:
     """Write ``report.json``, ``report.md`` and the plots into ``folder``.
 
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: the folder cannot be written, or the reference is no method of the records.
     """
     from sglang_metasoft.eval import plots
 
-    summary = summarise(records)
+    methods = sorted({record["method"] for record in records})
+    if reference is not None and reference not in methods:
+        raise ValueError(f"--reference: {reference!r} has no records; allowed: {', '.join(methods)}")
+    summary = summarise(records, reference)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -47,27 +47,39 @@ def paired(records: Iterable[dict], full: dict[tuple, float], tasks: Iterable[st
     return {task: np.array(values) for task, values in sorted(found.items())}
 
 
-def retention(pairs: Pairs) -> float:
-    """Mean over tasks of the method's mean score, over the same of the full cache."""
-    means = np.array([values.mean(axis=0) for values in pairs.values()])
-    method, full = means.mean(axis=0)
-    return float(method / full) if full else float("nan")
+def task_means(pairs: Pairs) -> np.ndarray:
+    """``[1, tasks, 2]`` mean scores."""
+    return np.array([[values.mean(axis=0) for values in pairs.values()]])
 
 
-def mean_score(pairs: Pairs) -> float:
-    """Mean over tasks of the method's mean score."""
-    return float(np.mean([values[:, 0].mean() for values in pairs.values()]))
-
-
-def interval(pairs: Pairs, statistic: Callable[[Pairs], float], seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval; cases are drawn within their task, each with its full cache's score."""
+def resampled_means(pairs: Pairs, seed: int = 0) -> np.ndarray:
+    """``[resamples, tasks, 2]`` mean scores of bootstrap samples; cases are drawn within their task, as pairs."""
     rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(RESAMPLES):
-        sample = {task: values[rng.integers(len(values), size=len(values))] for task, values in pairs.items()}
-        drawn.append(statistic(sample))
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
+    drawn = [values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(axis=1) for values in pairs.values()]
+    return np.stack(drawn, axis=1)
+
+
+def score(means: np.ndarray) -> np.ndarray:
+    """Mean over tasks of the method's mean score, for each sample."""
+    return means[:, :, 0].mean(axis=1)
+
+
+def retention(means: np.ndarray) -> np.ndarray:
+    """The method's mean over tasks, over the same of the full cache, for each sample."""
+    method, full = means.mean(axis=1).T
+    return np.divide(method, full, out=np.full_like(method, np.nan), where=full > 0)
+
+
+def advantage(means: np.ndarray) -> np.ndarray:
+    """What the second of each pair has over the first, mean over tasks, for each sample."""
+    method, reference = means.mean(axis=1).T
+    return reference - method
+
+
+def estimate(pairs: Pairs, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, tuple[float, float]]:
+    """A statistic and its 95 % bootstrap interval."""
+    low, high = np.nanpercentile(statistic(resampled_means(pairs)), [2.5, 97.5])
+    return float(statistic(task_means(pairs))[0]), (float(low), float(high))
 
 
 def perplexity(records: Iterable[dict]) -> dict[tuple[str, float], float]:

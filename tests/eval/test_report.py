@@ -7,7 +7,7 @@ import pytest
 from sglang_metasoft.eval import report
 from sglang_metasoft.eval.case import Case, Turn
 from sglang_metasoft.eval.records import FULL, Store, make_record
-from sglang_metasoft.eval.statistics import interval, retention
+from sglang_metasoft.eval.statistics import estimate, retention, score
 
 
 def case(task, family, index, **fields):
@@ -47,7 +47,10 @@ def test_an_interval_is_paired_with_the_full_cache():
     import numpy as np
 
     scores = np.array([[1.0, 1.0]] * 5 + [[0.0, 0.0]] * 5)
-    assert interval({"vt": scores}, retention) == (1.0, 1.0)  # equal case by case, however they are drawn
+    # Equal case by case, however they are drawn.
+    assert estimate({"vt": scores}, retention) == (1.0, (1.0, 1.0))
+    value, (low, high) = estimate({"vt": scores}, score)
+    assert value == 0.5 and 0.1 < low < 0.4 < 0.6 < high < 0.9
 
 
 def test_answers_with_a_problem_are_shown_and_not_scored(results):
@@ -63,10 +66,24 @@ def test_the_command_writes_json_table_and_plots(results, tmp_path):
 
     assert main(["eval-report", str(results.path), "--output", str(tmp_path / "out")]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["needle-snapkv-4-inside.png", "quality-2048-inside.png", "report.json", "report.md"]
+    plots = [f"quality-2048-inside-{group}.png" for group in ("all", "seen", "unseen")]
+    assert names == ["needle-snapkv-4-inside.png", *plots, "report.json", "report.md"]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["cells"]
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| snapkv | 4 | 66.7 (" in text and "| full | 1 | 10.0 | 100.0 | 50.0 |" in text
+
+
+def test_others_are_compared_with_a_reference_case_by_case(results, tmp_path):
+    for index in range(10):
+        record = make_record(
+            case("vt", "tracing", index), 0, "inside", "h2o", 4, prediction="yes" if index < 5 else "no"
+        )
+        results.add(record)
+    (row,) = report.summarise(results.records, "h2o")["comparisons"]
+    assert (row["method"], row["ratio"]) == ("snapkv", 4) and row["advantage"] == pytest.approx(0.3)
+    assert row["interval"][0] <= 0.3 <= row["interval"][1]
+    with pytest.raises(ValueError, match="--reference: 'h3o' has no records; allowed: full, h2o, snapkv"):
+        report.write(results.records, tmp_path, "h3o")
 
 
 def test_missing_results_are_refused(tmp_path, capsys):

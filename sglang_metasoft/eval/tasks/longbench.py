@@ -38,6 +38,7 @@ COUNT_QUESTION = (
 )
 CODE_HEAD = "Please complete the code given below. \n"
 CODE_QUESTION = "{input}Next line of code:\n"
+QUESTION_WORDS = 200  # a longer question would be compressed as a segment of its own
 TREC_NAMES = {
     "ABBR:abb": "Abbreviation", "ABBR:exp": "Expression abbreviated", "DESC:def": "Definition of something",
     "DESC:desc": "Description of something", "DESC:manner": "Manner of an action", "DESC:reason": "Reason",
@@ -105,11 +106,11 @@ def build_multi_doc_qa(request: Request) -> Draft:
 
 
 def build_summary(request: Request) -> Draft:
-    """The summary of a news article after many solved ones."""
-    items = request.rng.sample(request.sources.xsum(), min(request.size + 1, 1000))
-    shots = "\n\n".join(f"Article: {text}\nSummary: {summary}" for text, summary in items[1:])
-    question = f"\n\nArticle: {items[0][0]}\nSummary:"
-    return Draft(SUMMARY_HEAD + shots, (Turn(question, (items[0][1],)),), {"like": "samsum"})
+    """The summary of a short news article after many solved ones."""
+    items = request.rng.sample(request.sources.xsum(), len(request.sources.xsum()))
+    text, summary = items.pop(next(n for n, (text, _) in enumerate(items) if len(text.split()) <= QUESTION_WORDS))
+    shots = "\n\n".join(f"Article: {text}\nSummary: {summary}" for text, summary in items[: request.size])
+    return Draft(SUMMARY_HEAD + shots, (Turn(f"\n\nArticle: {text}\nSummary:", (summary,)),), {"like": "samsum"})
 
 
 def trec_shots(rng: Random, items: list[tuple[str, str]], count: int) -> str:

@@ -98,6 +98,30 @@ class HFModel:
         hidden = self.run(embeds, positions, attend)
         return Prefilled(layers, self.logits(hidden[0, -1]))
 
+    def rope(self):
+        """The rotary embedding, as :class:`sglang_metasoft.score.base.ServedModel` has it."""
+        from sglang_metasoft.types import Rope
+
+        module = self.model.get_decoder().rotary_emb
+        positions = torch.arange(self.model.config.max_position_embeddings, device=self.device)
+        angles = positions[:, None].float() * module.inv_freq.float()
+        return Rope(torch.cat([angles.cos(), angles.sin()], -1) * module.attention_scaling, True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def queries(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """For each layer ``[n, H, d]`` queries after RoPE of ``[n]`` token ids."""
+        found: list[torch.Tensor] = []
+
+        def attend(layer, q, k, v, scale):
+            found.append(q[0].transpose(0, 1))
+            return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+        self.run(self.embed(ids)[None], torch.arange(len(ids), device=self.device)[None], attend)
+        return found
+
 
 class Batch:
     """Caches of different lengths that are continued together.

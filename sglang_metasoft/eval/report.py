@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from sglang_metasoft.eval.records import FULL, read_records
+from sglang_metasoft.eval.records import FULL, key_of, read_records
 from sglang_metasoft.eval.statistics import (
     able_tasks,
     advantage,
@@ -32,8 +32,7 @@ def load(paths: list[Path]) -> list[dict]:
         if not path.is_file():
             raise ValueError(f"{path} does not exist; allowed: result files of sglang-metasoft eval")
         for record in read_records(path):
-            key = tuple(record[name] for name in ("task", "seed", "length_tokens", "index", "turn", "mode", "method"))
-            records[(*key, record["ratio"])] = record
+            records[key_of(record)] = record
     if not records:
         raise ValueError(f"no records in {', '.join(map(str, paths))}")
     return list(records.values())

@@ -30,7 +30,7 @@ def draw(rng: Random, kind: str, sources) -> str:
         return str(rng.randint(10**6, 10**7 - 1))
     if kind == "uuids":
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
-    nouns, adjectives, _ = sources.nouns_and_adjectives()
+    nouns, adjectives, _ = sources.word_lists()
     return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
 
 

@@ -81,7 +81,7 @@ def _word_list(rng: Random, words: list[str], count: int, common: int, uncommon:
 
 def build_cwe(request: Request) -> Draft:
     """The ten words that are repeated most, after one worked example."""
-    words = sorted({word for words in request.sources.nouns_and_adjectives() for word in words})
+    words = sorted({word for words in request.sources.word_lists() for word in words})
     is_short = request.length_tokens < SHORT_TOKENS
     example, shown = _word_list(request.rng, words, *((20, 3, 1) if is_short else (40, 10, 3)))
     listed, answers = _word_list(request.rng, words, 10 + request.size, *((6, 1) if is_short else (30, 3)))

@@ -8,7 +8,7 @@ SGLANG := 0.5.23
 OTHERS := 0.5.17
 MODEL := .demo/SmolLM2-135M-Instruct/ready
 
-.PHONY: demo serve test test-all test-fast gpu-test gpu-pack bench-memory soak lint docs clean
+.PHONY: demo serve browser test test-all test-fast gpu-test gpu-pack bench-memory soak eval lint docs clean
 .PHONY: $(OTHERS:%=test-%) $(OTHERS:%=test-%-identity)
 
 demo: $(INSTALLED)
@@ -42,6 +42,19 @@ gpu-test: $(MODEL)
 gpu-pack: $(INSTALLED)
 	$(BIN)/python tests/gpu/pack.py .gpu
 
+# Quality of untrained and field methods on the demo model, in process: RULER at 2K tokens, a few cases.
+eval: $(MODEL)
+	$(BIN)/sglang-metasoft eval-hf --model $(dir $(MODEL)) --methods metasoft snapkv oracle --tasks ruler \
+	  --modes inside after --cases 5 --output .eval-results/ruler.jsonl
+	$(BIN)/sglang-metasoft eval-report .eval-results/ruler.jsonl --output .eval-results
+
+# The environment of `python -m sglang_metasoft.eval.kvpress_runner`: the peers' own code.
+.venv-kvpress/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check -q kvpress==0.5.5 'transformers<5.3' torch==2.13.0 \
+	  wonderwords==3.0.1 rouge==1.0.1
+	touch $@
+
 soak: $(MODEL)
 	$(BIN)/python tests/soak.py --seconds 600 --faults
 
@@ -64,9 +77,9 @@ $(OTHERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml
 
 define install
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --disable-pip-version-check -q -e '.[demo,test,dev]' sglang==$(1)
+	$(@D)/bin/python -m pip install --disable-pip-version-check -q -e '.[demo,eval,test,dev]' sglang==$(1)
 	touch $@
 endef
 
 clean:
-	rm -rf $(VENV) .venv-* .demo build dist *.egg-info
+	rm -rf $(VENV) .venv-* .demo .eval-data .eval-results build dist *.egg-info

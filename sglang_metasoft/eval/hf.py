@@ -1,0 +1,225 @@
+"""Answers of a Hugging Face model in process: one prefill a case, every method and ratio compresses that cache.
+
+The stages are the server's own (:func:`sglang_metasoft.pipeline.compress_layer` over a pool made of the cache), so the
+numbers are those of a server, several times cheaper: the prompt is computed once, and all compressed caches of a case
+decode as one batch.
+"""
+
+import dataclasses
+import inspect
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.eval.case import Case, Rendered, render
+from sglang_metasoft.eval.hf_model import Batch, HFModel, LayerKV, Prefilled, generate
+from sglang_metasoft.eval.metrics import PERPLEXITY
+from sglang_metasoft.eval.oracle import Oracle
+from sglang_metasoft.eval.records import FULL, Store, is_settled, make_key, make_record
+from sglang_metasoft.pipeline import compress_layer
+from sglang_metasoft.policy import plan_span
+from sglang_metasoft.score import load_method
+from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
+
+ORACLE = "oracle"
+NEEDS_LAYER = "layer" in inspect.signature(compress_layer).parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodSpec:
+    """A method as the command line names it: ``NAME[+CONSOLIDATION][@PATH]``."""
+
+    label: str
+    name: str
+    consolidation: str | None = None
+    path: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "MethodSpec":
+        head, _, path = text.partition("@")
+        name, _, consolidation = head.partition("+")
+        return cls(text, name, consolidation or None, path or None)
+
+
+class Compressor:
+    """One method on one model.
+
+    Raises:
+        ValueError: an unknown method or consolidation, or a method that cannot serve the model.
+    """
+
+    def __init__(self, model: HFModel, spec: MethodSpec) -> None:
+        is_oracle = spec.name == ORACLE
+        settings = {"consolidation": spec.consolidation, "path": spec.path}
+        self.config = MetaSoftConfig(**settings) if is_oracle else MetaSoftConfig(method=spec.name, **settings)
+        method_class = Oracle if is_oracle else load_method(spec.name)
+        self.spec, self.model = spec, model
+        self.method = method_class(self.config, model.shape, model.embed, model.device)
+        if hasattr(self.method, "prepare"):
+            self.method.prepare(model)
+
+    def compress(
+        self, entries: list[LayerKV], ids: list[int], plans: list[Plan], answer_ids: list[int]
+    ) -> list[list[LayerKV]]:
+        """Compress a prompt's span as each plan says; all plans have the same span.
+
+        Args:
+            entries: of the whole prompt.
+            ids: of the whole prompt.
+            answer_ids: the true answer, for the oracle alone.
+
+        Returns:
+            For each plan and layer the consolidated entries ``[B, G, d]``.
+        """
+        device, span = self.model.device, plans[0].span_tokens
+        end = span if plans[0].ends_at_boundary else len(ids)
+        all_ids = torch.tensor(ids, device=device)
+        if isinstance(self.method, Oracle):
+            self.method.observe(ids[span:], answer_ids)
+        probe = self.method.probe(Prompt(all_ids[:span], all_ids[span:end], context_slots=end, context_tokens=end))
+        slots = torch.arange(len(ids), device=device)
+        jobs = [
+            Job(plan, probe, slots[: probe.context_slots], slots[:span], slots[: plan.kept_slots]) for plan in plans
+        ]
+        kept: list[list[LayerKV]] = [[] for _ in plans]
+
+        def attend(layer, q, k, v, scale):
+            pool = LayerPool(entries[layer].key, entries[layer].value, scale, 1.0, 1.0)
+            heads = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]
+            gate = self.method.gate_scale(layer, 0, self.model.shape.num_kv_heads)
+            number = {"layer": layer} if NEEDS_LAYER else {}
+            for job, result in zip(jobs, kept, strict=True):
+                out, _, merged, _ = compress_layer(job, *heads, pool, self.method, self.config, gate, **number)
+                result.append(LayerKV(merged.key, merged.value))
+            return out.transpose(0, 1)[None]
+
+        positions = self._positions(probe)
+        self.model.run(probe.embeds.to(entries[0].key.dtype)[None], positions[None], attend)
+        return kept
+
+    def _positions(self, probe: Probe) -> torch.Tensor:
+        tokens = probe.embeds.shape[0]
+        last = self.model.model.config.max_position_embeddings - tokens
+        start = max(0, min(probe.first_position, last))
+        return torch.arange(start, start + tokens, device=self.model.device)
+
+
+class HFRunner:
+    """Answers cases with all methods and ratios at once.
+
+    Args:
+        ratios: above 1; the full cache is always answered too.
+        modes: ``inside`` (first run of the whole prompt), ``repeat`` (its second run, which computes window and first
+            token over the compressed span), ``after`` (question after the compressed document).
+    """
+
+    def __init__(self, model: HFModel, specs: list[MethodSpec], ratios: list[float], modes: list[str], store: Store):
+        self.model, self.ratios, self.modes, self.store = model, ratios, modes, store
+        self.compressors = [Compressor(model, spec) for spec in specs]
+
+    def run(self, cases: list[Case]) -> None:
+        """Answer what the store lacks; one progress bar."""
+        for case in tqdm(cases, unit="case", desc="hf"):
+            for turn in range(len(case.turns)):
+                self._answer(case, turn)
+
+    def _wanted(self, case: Case, turn: int, mode: str) -> list[tuple[Compressor, list[float]]]:
+        wanted = []
+        for compressor in self.compressors:
+            ratios = [
+                ratio
+                for ratio in self.ratios
+                if make_key(case, turn, mode, compressor.spec.label, ratio) not in self.store
+            ]
+            if ratios:
+                wanted.append((compressor, ratios))
+        return wanted
+
+    def _answer(self, case: Case, turn: int) -> None:
+        # A turn's prompt holds earlier turns, and a book's scored part follows its document: only "after" fits both.
+        modes = [mode for mode in self.modes if mode == "after" or (turn == 0 and case.metric != PERPLEXITY)]
+        wanted = {mode: self._wanted(case, turn, mode) for mode in modes}
+        full_missing = [mode for mode in modes if make_key(case, turn, mode, FULL, 1) not in self.store]
+        if not full_missing and not any(wanted.values()):
+            return
+        prompt = render(case, turn, self.model.tokenizer)
+        prefilled = self.model.prefill(prompt.ids)
+        if full_missing:
+            cut = prompt.boundary_tokens if case.metric == PERPLEXITY else len(prompt.ids)
+            rows = [[LayerKV(kv.key[:cut], kv.value[:cut]) for kv in prefilled.layers]]
+            (fields,) = self._continue(case, turn, rows, prompt, cut, prefilled)
+            for mode in full_missing:
+                self._add(case, turn, mode, FULL, 1.0, prompt, len(prompt.ids), fields)
+        for mode, compressors in wanted.items():
+            self._answer_compressed(case, turn, mode, compressors, prompt, prefilled)
+
+    def _answer_compressed(self, case, turn, mode, compressors, prompt: Rendered, prefilled: Prefilled) -> None:
+        rows, labels = [], []
+        answer_ids = self._answer_ids(case, turn)
+        cut = None
+        for compressor, ratios in compressors:
+            plans = {}
+            for ratio in ratios:
+                boundary = prompt.boundary_tokens if mode == "after" else None
+                plan = plan_span(
+                    compressor.config, prompt_tokens=len(prompt.ids), page_size=1, boundary_tokens=boundary,
+                    options={"ratio": ratio},
+                )  # fmt: skip
+                if not isinstance(plan, Plan) or plan.ends_at_boundary != (mode == "after"):
+                    reason = plan.value if not isinstance(plan, Plan) else "boundary"
+                    fields = {"prediction": "", "problem": reason}
+                    self._add(case, turn, mode, compressor.spec.label, ratio, prompt, len(prompt.ids), fields)
+                else:
+                    plans[ratio] = plan
+            if plans:
+                cut = next(iter(plans.values())).span_tokens
+                found = compressor.compress(prefilled.layers, prompt.ids, list(plans.values()), answer_ids)
+                rows += found
+                labels += [(compressor.spec.label, ratio) for ratio in plans]
+        if not rows:
+            return
+        if mode == "inside":
+            tails = [LayerKV(kv.key[cut:], kv.value[cut:]) for kv in prefilled.layers]
+            rows = [
+                [LayerKV(torch.cat([a.key, b.key]), torch.cat([a.value, b.value])) for a, b in zip(row, tails)]  # noqa: B905
+                for row in rows
+            ]
+            cut = len(prompt.ids)
+        for (label, ratio), row, fields in zip(
+            labels, rows, self._continue(case, turn, rows, prompt, cut, prefilled), strict=True
+        ):
+            entries = row[0].key.shape[0] + len(prompt.ids) - cut
+            self._add(case, turn, mode, label, ratio, prompt, entries, fields)
+
+    def _answer_ids(self, case: Case, turn: int) -> list[int]:
+        asked = case.turns[turn]
+        answers = asked.answers if case.metric == "string_match_all" else asked.answers[:1]
+        text = ("" if asked.answer_prefix.endswith(" ") else " ") + ", ".join(answers)
+        return self.model.tokenizer(text, add_special_tokens=False)["input_ids"] if answers else []
+
+    def _continue(self, case, turn, rows, prompt: Rendered, cut: int, prefilled: Prefilled) -> list[dict]:
+        """Run what follows the first ``cut`` tokens over each row, then decode (or score a book's tokens)."""
+        feed = prompt.ids[cut:]
+        batch = Batch(self.model, rows, len(feed) + case.max_new_tokens)
+        if feed:
+            ids = torch.tensor(feed, device=self.model.device).expand(len(rows), -1)
+            hidden = batch.extend(ids, cut)
+            if case.metric == PERPLEXITY:
+                return [{"logprobs": self._logprobs(row, feed)} for row in hidden]
+            first = self.model.logits(hidden[:, -1]).argmax(-1)
+        else:
+            first = prefilled.logits.argmax(-1).expand(len(rows))
+        texts = generate(batch, first, len(prompt.ids), case.max_new_tokens, partial(is_settled, case, turn))
+        return [{"prediction": text} for text in texts]
+
+    def _logprobs(self, hidden: torch.Tensor, ids: list[int]) -> list[float]:
+        """Log-probability of each token after the first."""
+        logprobs = self.model.logits(hidden[:-1]).log_softmax(-1)
+        return logprobs.gather(1, torch.tensor(ids[1:], device=hidden.device)[:, None])[:, 0].tolist()
+
+    def _add(self, case, turn, mode, label, ratio, prompt: Rendered, entries: int, fields: dict) -> None:
+        fields = fields | {"prompt_tokens": len(prompt.ids), "kv_tokens": entries, "runner": "hf"}
+        self.store.add(make_record(case, turn, mode, label, ratio, model=Path(self.model.shape.name).name, **fields))

@@ -1,0 +1,163 @@
+"""RULER's other tasks (arXiv 2404.06654): variable tracking, word counting, question answering.
+
+As in the benchmark's generators. ``qa_1`` takes SQuAD 1.1's development set (RULER: 2.0's answerable questions over the
+same articles). ``qa_2`` takes HotpotQA if its file is in the data folder (``hotpotqa.json``, as RULER downloads it);
+else SQuAD's new Wikipedia set (arXiv 2004.14444), which no package index lacks.
+"""
+
+import math
+import string
+from random import Random
+
+from sglang_metasoft.eval.case import Draft, Request, Task, Turn
+from sglang_metasoft.eval.tasks.needle import NOISE
+
+VT_DOCUMENT = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+VT_QUESTION = "\nQuestion: Find all variables that are assigned the value {value} in the text above."
+VT_PREFIX = (
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the "
+    "value {value}, they are: "
+)
+VT_HOPS, VT_EXAMPLE_LINES = 4, 5
+CWE_HEAD = (
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+    "appear most often.\n"
+)
+CWE_QUESTION = "\nQuestion: What are the 10 most common words in the above list?"
+CWE_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
+FWE_HEAD = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
+    "coded words. "
+)
+FWE_QUESTION = (
+    "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
+    "appeared words in the above coded text?"
+)
+FWE_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
+FWE_ANSWER_TOKENS = 50
+ZETA_2 = math.pi**2 / 6
+QA_INSTRUCTION = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+)
+SHORT_TOKENS = 4096  # below it, RULER's word lists are less repetitive
+
+
+def _chain(rng: Random, letters: int) -> tuple[list[str], list[str], str]:
+    names: list[str] = []
+    while len(names) < VT_HOPS + 1:
+        name = "".join(rng.choices(string.ascii_uppercase, k=letters))
+        names += [name] if name not in names else []
+    value = str(rng.randint(10_000, 99_998))
+    lines = [f"VAR {names[0]} = {value}"]
+    lines += [f"VAR {name} = VAR {source} " for source, name in zip(names, names[1:], strict=False)]
+    return names, lines, value
+
+
+def _tracking(rng: Random, noise_lines: int, letters: int) -> tuple[str, Turn]:
+    names, chain, value = _chain(rng, letters)
+    lines = [NOISE] * noise_lines
+    places = sorted(rng.sample(range(len(lines)), len(chain)))
+    for number, (place, line) in enumerate(zip(places, chain, strict=True)):
+        lines.insert(place + number, line)
+    document = VT_DOCUMENT + "\n".join(lines).replace(". \n", ".\n")
+    turn = Turn(VT_QUESTION.format(value=value), tuple(names), VT_PREFIX.format(count=len(names), value=value))
+    return document, turn
+
+
+def build_vt(request: Request) -> Draft:
+    """One chain of four hops in noise, after one worked example."""
+    example, shown = _tracking(request.rng, VT_EXAMPLE_LINES, 3)
+    example += shown.question + shown.answer_prefix + " " + " ".join(shown.answers) + "\n"
+    document, turn = _tracking(request.rng, request.size + VT_HOPS, 5)
+    return Draft(example + "\n" + document, (turn,))
+
+
+def _word_list(rng: Random, words: list[str], count: int, common: int, uncommon: int) -> tuple[str, list[str]]:
+    chosen = rng.sample(words, count)
+    listed = chosen[:10] * common + chosen[10:] * uncommon
+    rng.shuffle(listed)
+    return " ".join(f"{number}. {word}" for number, word in enumerate(listed, 1)), chosen[:10]
+
+
+def build_cwe(request: Request) -> Draft:
+    """The ten words that are repeated most, after one worked example."""
+    words = sorted({word for words in request.sources.word_lists() for word in words})
+    is_short = request.length_tokens < SHORT_TOKENS
+    example, shown = _word_list(request.rng, words, *((20, 3, 1) if is_short else (40, 10, 3)))
+    listed, answers = _word_list(request.rng, words, 10 + request.size, *((6, 1) if is_short else (30, 3)))
+    numbered = " ".join(f"{number}. {word}" for number, word in enumerate(shown, 1))
+    document = f"{CWE_HEAD}{example}{CWE_QUESTION}{CWE_PREFIX} {numbered}\n{CWE_HEAD}{listed}"
+    return Draft(document, (Turn(CWE_QUESTION, tuple(answers), CWE_PREFIX),))
+
+
+def build_fwe(request: Request) -> Draft:
+    """The three most frequent of random six-letter words whose frequencies follow a zeta distribution (alpha 2)."""
+    rng = request.rng
+    vocabulary: set[str] = set()
+    while len(vocabulary) < (request.length_tokens - FWE_ANSWER_TOKENS) // 50:
+        vocabulary.add("".join(rng.choices(string.ascii_lowercase, k=6)))
+    ranked = sorted(vocabulary)
+    rng.shuffle(ranked)
+    ranked[0] = "..."
+    # The top four must occur, and differ in number, for the question to have an answer.
+    count = 200 + 10 * request.size
+    words = [word for rank, word in enumerate(ranked, 1) for _ in range(int(count * rank**-2 / ZETA_2))]
+    rng.shuffle(words)
+    return Draft(FWE_HEAD + " ".join(words), (Turn(FWE_QUESTION, tuple(ranked[1:4]), FWE_PREFIX),))
+
+
+def numbered_documents(documents: list[str], label: str = "Document") -> str:
+    """Documents under numbered headings."""
+    return "\n\n".join(f"{label} {number}:\n{text}" for number, text in enumerate(documents, 1))
+
+
+def _qa_draft(rng: Random, documents: list[str], question: str, answers: list[str], details: dict) -> Draft:
+    rng.shuffle(documents)
+    return Draft(
+        f"{QA_INSTRUCTION}\n\nThe following are given documents.\n\n{numbered_documents(documents)}",
+        (Turn(f"\n\n{QA_INSTRUCTION}\n\nQuestion: {question}", tuple(dict.fromkeys(answers)), " Answer:"),),
+        details,
+    )
+
+
+def _squad_qa(request: Request, name: str) -> Draft:
+    """A question, its paragraph, others of its article, then others of all articles."""
+    rng, articles = request.rng, request.sources.squad(name)
+    article = rng.choice(articles)
+    paragraph = rng.choice([paragraph for paragraph in article["paragraphs"] if paragraph["qas"]])
+    qa = rng.choice(paragraph["qas"])
+    own = [other["context"] for other in article["paragraphs"] if other is not paragraph]
+    rng.shuffle(own)
+    rest = [other["context"] for a in articles if a is not article for other in a["paragraphs"]]
+    distractors = own[: request.size - 1]
+    distractors += rng.sample(rest, min(len(rest), request.size - 1 - len(distractors)))
+    return _qa_draft(
+        rng, [paragraph["context"], *distractors], qa["question"], [answer["text"] for answer in qa["answers"]],
+        {"source": name},
+    )  # fmt: skip
+
+
+def build_qa_1(request: Request) -> Draft:
+    """SQuAD."""
+    return _squad_qa(request, "squad.json")
+
+
+def build_qa_2(request: Request) -> Draft:
+    """HotpotQA where it is at hand, else SQuAD's new Wikipedia set."""
+    items = request.sources.hotpot()
+    if items is None:
+        return _squad_qa(request, "new_wiki.json")
+    rng, item = request.rng, request.rng.choice(items)
+    own = [f"{title}\n{''.join(text)}" for title, text in item["context"]]
+    others = [f"{title}\n{''.join(text)}" for other in rng.sample(items, 50) for title, text in other["context"]]
+    documents = own + rng.sample(others, min(len(others), request.size - 1))
+    return _qa_draft(rng, documents, item["question"], [item["answer"]], {"source": "hotpotqa.json"})
+
+
+TASKS = [
+    Task("vt", "tracing", "string_match_all", 30, build_vt),
+    Task("cwe", "counting", "string_match_all", 120, build_cwe, max_size=4000),
+    Task("fwe", "counting", "string_match_all", FWE_ANSWER_TOKENS, build_fwe),
+    Task("qa_1", "qa", "string_match_part", 32, build_qa_1),
+    Task("qa_2", "qa", "string_match_part", 32, build_qa_2),
+]

@@ -8,7 +8,7 @@ SGLANG := 0.5.23
 OTHERS := 0.5.17
 MODEL := .demo/SmolLM2-135M-Instruct/ready
 
-.PHONY: demo serve test test-all test-fast gpu-test gpu-pack bench-memory soak lint clean
+.PHONY: demo serve browser test test-all test-fast gpu-test gpu-pack bench-memory soak lint clean
 .PHONY: $(OTHERS:%=test-%) $(OTHERS:%=test-%-identity)
 
 demo: $(INSTALLED)
@@ -17,12 +17,18 @@ demo: $(INSTALLED)
 serve: $(MODEL)
 	$(BIN)/sglang-metasoft serve-demo
 
-test: $(MODEL)
+test: $(MODEL) browser
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(MODEL)
+test-all: $(MODEL) browser
 	$(BIN)/python -m pip install --disable-pip-version-check -q sglang-router==0.3.2
 	$(BIN)/python -m pytest
+
+# For the tests of `sglang-metasoft inspect`; where it cannot be installed they are skipped and say so.
+browser:
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+		|| echo "Chromium is not installed: apt-get install chromium, as root"
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not server"

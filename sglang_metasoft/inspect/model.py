@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from sglang_metasoft.config import MetaSoftConfig, shown
-from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_shape
+from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_config, read_shape
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.score import load_method
 from sglang_metasoft.score.base import Method
@@ -52,6 +52,7 @@ class InspectedModel:
 
     def __init__(self, folder: str | Path) -> None:
         self.shape = read_shape(folder)
+        self.stored_dtype = read_config(folder).dtype or torch.float32
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.device = accelerator or torch.device("cpu")
         try:
@@ -68,8 +69,8 @@ class InspectedModel:
 
     @property
     def kv_bytes_per_entry(self) -> int:
-        """Of keys and values, all layers and heads, in the dtype of the model here."""
-        return kv_bytes_per_entry(self.shape, self.model.dtype)
+        """Of keys and values, all layers and heads, in the dtype of the model's files, as on a server."""
+        return kv_bytes_per_entry(self.shape, self.stored_dtype)
 
     def make_method(self, config: MetaSoftConfig) -> Method:
         """The configured method for this model. Raises ValueError: it cannot serve it."""

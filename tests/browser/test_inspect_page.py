@@ -129,7 +129,7 @@ def test_all_heads_together_and_the_window_have_their_own_words(open_page, page_
 def test_tokens_can_be_walked_with_the_keyboard(open_page, page_file):
     page = open_page(page_file)
     page.locator("#prompt").focus()
-    for key, index in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowDown", 12), ("ArrowLeft", 11)):
+    for key, index in (("ArrowRight", 0), ("ArrowRight", 1), ("ArrowDown", 11), ("ArrowLeft", 10)):
         page.keyboard.press(key)
         assert f"Token {index} of" in page.locator("#detail").inner_text()
     page.keyboard.press("Escape")

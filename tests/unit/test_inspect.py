@@ -134,11 +134,8 @@ def test_a_sliding_window_is_refused(model, prefilled, monkeypatch):
     plan = plan_span(config, prompt_tokens=len(ids), page_size=1)
     module = sys.modules[type(model.model).__module__]
     attention = module.LlamaAttention.forward
-    monkeypatch.setattr(
-        module.LlamaAttention,
-        "forward",
-        lambda self, *args, **kwargs: attention(self, *args, sliding_window=9, **kwargs),
-    )
+    windowed = functools.partialmethod(attention, sliding_window=9)
+    monkeypatch.setattr(module.LlamaAttention, "forward", windowed)
     with pytest.raises(ValueError, match="layer 0 has sliding_window; inspect takes models with plain causal"):
         model.compress(cache, ids, plan, model.make_method(config), config)
 

@@ -17,12 +17,18 @@ demo: $(INSTALLED)
 serve: $(MODEL)
 	$(BIN)/sglang-metasoft serve-demo
 
-test: $(MODEL)
+test: $(MODEL) browser
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(MODEL)
+test-all: $(MODEL) browser
 	$(BIN)/python -m pip install --disable-pip-version-check -q sglang-router==0.3.2
 	$(BIN)/python -m pytest
+
+# For the tests of `sglang-metasoft inspect`; where it cannot be installed they are skipped and say so.
+browser:
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+		|| echo "Chromium is not installed: apt-get install chromium, as root"
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not server"

@@ -1,6 +1,7 @@
 """Look hooks up in the installed SGLang's source, which is not imported for it."""
 
 import ast
+import functools
 import importlib.util
 from collections.abc import Iterable
 from importlib.metadata import version
@@ -27,13 +28,18 @@ def find(module: str, qualified: str) -> ast.AST:
     path = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
     if not path.is_file():
         raise ContractError(f"no module {module}")
-    node = ast.parse(path.read_text(encoding="utf-8"))
+    node = _parse(path)
     kinds = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
     for name in qualified.split("."):
         node = next((child for child in node.body if isinstance(child, kinds) and child.name == name), None)
         if node is None:
             raise ContractError(f"no {module}.{qualified}")
     return node
+
+
+@functools.cache
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def split(path: str) -> tuple[str, str]:

@@ -89,18 +89,23 @@ def _open_draft(output: Path):
 
 def _make_page(args: argparse.Namespace, config: MetaSoftConfig, ratios: list[float]) -> bytes:
     from sglang_metasoft.demo import model as demo_model
+    from sglang_metasoft.hf_shape import read_shape
     from sglang_metasoft.inspect.inspection import check_lengths, inspect
-    from sglang_metasoft.inspect.model import InspectedModel
+    from sglang_metasoft.inspect.model import InspectedModel, context_tokens, load_tokenizer
     from sglang_metasoft.inspect.page import render
     from sglang_metasoft.inspect.prompt import read_prompt
+    from sglang_metasoft.soft_tokens import check_compressor
 
     folder = args.model_path or demo_model.prepare(DEMO_MODEL)
-    model = InspectedModel(folder)
-    prompt = read_prompt(args.prompt, args.question, model.tokenizer)
-    limit = model.context_tokens and model.context_tokens - args.max_new_tokens
-    check_lengths(prompt, config, ratios, limit)
+    shape, tokenizer = read_shape(folder), load_tokenizer(folder)
+    prompt = read_prompt(args.prompt, args.question, tokenizer)
+    limit = context_tokens(folder)
+    check_lengths(prompt, config, ratios, limit and limit - args.max_new_tokens)
+    if config.path is not None:
+        check_compressor(config.path, shape)
     title = args.prompt.name if args.prompt else "State of the Union, 1944"
     facts = {"model": folder.resolve().name}
+    model = InspectedModel(folder, tokenizer)
     return render(inspect(title, facts, model, config, prompt, ratios, args.max_new_tokens, _progress))
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from sglang_metasoft.config import MetaSoftConfig, shown
-from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_shape
+from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_config, read_shape
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.score import load_method
 from sglang_metasoft.score.base import Method
@@ -38,38 +38,48 @@ class Answer(NamedTuple):
     score: float  # mean log-probability of the reference answer's tokens over this cache
 
 
+def load_tokenizer(folder: str | Path):
+    """The model's tokenizer. Raises ValueError: there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model path: {shown(str(folder))} has no tokenizer that can be loaded: {error}") from None
+
+
+def context_tokens(folder: str | Path) -> int | None:
+    """The longest text that the model takes, if its configuration says so."""
+    return getattr(read_config(folder).get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 class InspectedModel:
-    """A causal LM and its tokenizer, on the accelerator if there is one.
+    """A causal LM, on the accelerator if there is one.
 
     There in the dtype of its files, on a CPU in float32: half precision takes several times as long on most.
 
     Args:
-        folder: with config, tokenizer and weights.
+        folder: with configuration and weights.
+        tokenizer: of :func:`load_tokenizer`.
 
     Raises:
         ValueError: nothing that can be loaded is there.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, tokenizer) -> None:
+        self.tokenizer = tokenizer
         self.shape = read_shape(folder)
+        self.stored_dtype = read_config(folder).dtype or torch.float32
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         self.device = accelerator or torch.device("cpu")
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto" if accelerator else torch.float32)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"model path: {shown(str(folder))} cannot be loaded: {error}") from None
         self.model.eval().to(self.device)
 
     @property
-    def context_tokens(self) -> int | None:
-        """The longest text that the model takes, if its configuration says so."""
-        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-    @property
     def kv_bytes_per_entry(self) -> int:
-        """Of keys and values, all layers and heads, in the dtype of the model here."""
-        return kv_bytes_per_entry(self.shape, self.model.dtype)
+        """Of keys and values, all layers and heads, in the dtype of the model's files, as on a server."""
+        return kv_bytes_per_entry(self.shape, self.stored_dtype)
 
     def make_method(self, config: MetaSoftConfig) -> Method:
         """The configured method for this model. Raises ValueError: it cannot serve it."""

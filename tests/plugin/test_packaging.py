@@ -33,6 +33,7 @@ def test_the_wheel_registers_both_entry_points(installed):
     found = {entry.group: (entry.name, entry.value) for entry in distribution.entry_points}
     assert found["sglang.srt.plugins"] == ("metasoft", "metasoft_patches:register")
     assert found["sglang.srt.platforms"] == ("metasoft_cpu", "metasoft_patches.cpu_platform:activate")
+    assert found["sglang_metasoft.commands"] == ("doctor", "metasoft_patches.doctor:main")
     assert found["console_scripts"] == ("sglang-metasoft", "sglang_metasoft.cli:main")
     (sglang,) = (need for need in map(Requirement, distribution.requires) if need.name == "sglang")
     others = [f"0.{minor}.{patch}" for minor in (4, 5, 6) for patch in range(40)]
@@ -47,6 +48,9 @@ def test_the_wheel_imports_and_registers_without_the_checkout(installed, tmp_pat
         f"import {', '.join(PACKAGES)}, metasoft_patches.cpu_platform as platform\n"
         f"for module in ({', '.join(PACKAGES)}): assert module.__file__.startswith({str(installed)!r}), module\n"
         "from sglang_metasoft.demo.conversation import DOCUMENT; assert len(DOCUMENT.read_text()) > 10_000\n"
+        "from importlib.resources import files\n"
+        "assert (files('sglang_metasoft.inspect') / 'page/page.html').is_file()\n"
+        "from sglang_metasoft.cli import main; assert main(['doctor']) == 0\n"
         "import torch; assert (platform.activate() is None) == torch.accelerator.is_available()\n"
         "metasoft_patches.register()\n"
         "from sglang.srt.plugins.hook_registry import HookRegistry; assert len(HookRegistry._hooks) >= 6\n"

@@ -11,7 +11,7 @@ function answerCard(className, title, answer, entries, common) {
   row("KV entries per layer and head", number(entries));
   row("KV memory", ((entries * data.bytesPerEntry) / 2 ** 20).toFixed(1) + " MiB");
   row("output tokens", number(answer.tokens) + (answer.isEnded ? "" : " (limit)"));
-  row("log-probability per token", answer.score.toFixed(3));
+  row("log-probability of the plain answer", answer.score.toFixed(3) + " per token");
   card.append(element("h3", "", title), quote, figures);
   return card;
 }
@@ -29,6 +29,6 @@ function showAnswers() {
   $$("answers").replaceChildren(
     answerCard("compressed", `Compressed at ratio ${ratio}` + (same ? ": the same" : ""), answer, tokens.length - S + kept, common),
     answerCard("plain", "Without compression", data.plain, tokens.length, data.plain.text.length),
-    element("p", "note", "Greedy. Underlined: from the first difference on. Both log-probabilities are of the uncompressed answer's tokens, over the one cache and the other."),
+    element("p", "note", "Greedy. Underlined: from the first difference on. The log-probability is that of the uncompressed answer's tokens, over the one cache and the other."),
   );
 }

@@ -88,7 +88,7 @@ for (const [name, text] of [["t k5", "kept by all selected heads"], ["t k3", "by
   $$("legend").append(item);
 }
 map.setAttribute("aria-label", `Heat map: importance of ${number(S)} tokens, left to right, in ${layers} layers, top to bottom`);
-$$("map-note").textContent = `Rows: layers 0 to ${layers - 1} from the top. Columns: the prompt from left to right. Yellow: high importance, on a logarithmic scale; the window at the right has none. Click to go to a layer and a token.`;
+$$("map-note").textContent = `Rows: layers 0 to ${layers - 1} from the top. Columns: the prompt from left to right. Yellow: high importance within its layer, on a logarithmic scale; the window at the right has none. Click to go to a layer and a token.`;
 $$("footer").textContent =
   "Kept sets are exact at every ratio; flows and answers are stored at " + results.map((r) => r.ratio).join(", ") +
   ". Approximate: importance in steps of 0.07 %, flow weights in steps of 1/255. Computed with Hugging Face transformers and the project's own stages, without a server.";

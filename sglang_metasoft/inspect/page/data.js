@@ -5,7 +5,7 @@ const data = JSON.parse($$("data").textContent);
 const { tokens, spanTokens: S, sinkTokens, layers, heads, steps, results } = data;
 const LH = layers * heads;
 const LEVELS = 5;
-const SHOWN_FLOWS = 6;
+const SHOWN_FLOWS = 8;
 const HIGHLIGHTED = 12;
 const PART_TOKENS = 400;
 // What was done since the page opened, for tests and measurements.

@@ -18,10 +18,10 @@ function highlight(flows) {
   }
 }
 
-function flowList(flows) {
+function flowList(flows, shown) {
   const list = element("ol");
   const top = flows.length ? flows[0][1] : 1;
-  for (const [i, weight] of flows.slice(0, SHOWN_FLOWS)) {
+  for (const [i, weight] of flows.slice(0, shown)) {
     const item = element("li");
     const bar = element("span", "bar");
     bar.style.width = (100 * weight) / top + "%";
@@ -68,18 +68,19 @@ function showToken(token) {
     else if (!result.targets) say("This method drops values: nothing flows.");
     else if (!result.targetArray) say("The flows are still being unpacked.");
     else {
+      const shown = kept && kept < all ? SHOWN_FLOWS / 2 : SHOWN_FLOWS;
       if (kept < all) {
         const { flows, from } = sent(token, result);
         const sorted = strongest(flows);
         say(`Its values flow${all === 1 ? "" : `, in the ${number(from)} heads that drop it,`} to:`);
-        lines.push(flowList(sorted));
+        lines.push(flowList(sorted, shown));
         if (kept * 2 < all) highlight(sorted.slice(0, HIGHLIGHTED));
       }
       if (kept) {
         const { flows, gate } = received(token, result);
         const sorted = strongest(flows);
         say(`Where it stays it receives from ${number(sorted.length)} dropped tokens; ${percent(gate)} of its value is theirs.`);
-        lines.push(flowList(sorted));
+        lines.push(flowList(sorted, shown));
         if (kept * 2 >= all) highlight(sorted.slice(0, HIGHLIGHTED));
       }
     }

@@ -26,13 +26,16 @@ function computeMap() {
       if (sum / count > values[at]) values[at] = sum / count;
     }
   stats.mapCells += LH * S;
-  const sorted = Float32Array.from(values).sort();
-  const low = sorted[Math.floor(sorted.length * 0.02)], high = sorted[Math.floor(sorted.length * 0.995)];
   const colours = Array.from({ length: 256 }, (_, n) => [...shade(n / 255), 255]);
   const image = new ImageData(width, layers);
-  for (let at = 0; at < values.length; at++) {
-    const share = (values[at] - low) / (high - low || 1);
-    image.data.set(colours[Math.round(255 * Math.min(1, Math.max(0, share)))], at * 4);
+  for (let layer = 0; layer < layers; layer++) {
+    const line = values.subarray(layer * width, (layer + 1) * width);
+    const sorted = Float32Array.from(line).sort();
+    const low = sorted[Math.floor(width * 0.02)], high = sorted[Math.floor(width * 0.99)];
+    line.forEach((value, at) => {
+      const share = (value - low) / (high - low || 1);
+      image.data.set(colours[Math.round(255 * Math.min(1, Math.max(0, share)))], (layer * width + at) * 4);
+    });
   }
   mapImage.width = width;
   mapImage.height = layers;

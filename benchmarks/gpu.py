@@ -68,7 +68,7 @@ def median_ms(run) -> float:
 
 
 def stages(args) -> None:
-    """One layer of one prompt, Llama-3.1-8B's heads, torch operations."""
+    """One layer of one prompt, Llama-3.1-8B's heads: torch operations, and the kernels stage by stage."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     heads, groups, d, length = 32, 8, 128, args.prompt_tokens
     span, kept = length - WINDOW, -(-length // args.ratio) - WINDOW
@@ -86,16 +86,19 @@ def stages(args) -> None:
     def write():
         key[slots[:kept]], value[slots[:kept]] = merged.key, merged.value
 
-    times = {
-        "probe": median_ms(lambda: attend(q, key, value, slots, k, v, scale)),
-        "score": median_ms(lambda: mean_attention(q, key, slots[:span], lse, scale)),
-        "select_and_route": median_ms(lambda: choose_routes(plan, Scores(importance), keys, TARGETS, scale)),
-        "merge": median_ms(lambda: consolidate(keys, values, Scores(importance), routes, 1.0)),
-        "write": median_ms(write),
-    }
     layers = LLAMA_8B["num_hidden_layers"]
-    report(what="stages", prompt_tokens=length, ratio=args.ratio, ms_per_layer=times,
-           ms_per_prompt=round(layers * sum(times.values()), 1))  # fmt: skip
+    for kernels in ("torch", "triton") if device == "cuda" else ("torch",):
+        times = {
+            "probe": median_ms(lambda name=kernels: attend(q, key, value, slots, k, v, scale, kernels=name)),
+            "score": median_ms(lambda name=kernels: mean_attention(q, key, slots[:span], lse, scale, kernels=name)),
+            "select_and_route": median_ms(
+                lambda name=kernels: choose_routes(plan, Scores(importance), keys, TARGETS, scale, name)
+            ),
+            "merge": median_ms(lambda name=kernels: consolidate(keys, values, Scores(importance), routes, 1.0, name)),
+            "write": median_ms(write),
+        }
+        report(what="stages", kernels=kernels, prompt_tokens=length, ratio=args.ratio, ms_per_layer=times,
+               ms_per_prompt=round(layers * sum(times.values()), 1))  # fmt: skip
 
 
 # -- servers -------------------------------------------------------------------------------------------------------

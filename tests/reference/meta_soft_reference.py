@@ -68,14 +68,11 @@ class Reference:
         around = torch.stack([mass[max(0, i - 3) : i + 4].mean() for i in range(span)])
         own, near = (x.clamp(min=1e-9).log() for x in (mass, around))
         own, near = own - own.mean(), near - near.mean()
-        scores = []
-        for i in range(span):
-            pairs = (k[i, :half].square() + k[i, half : 2 * half].square()).sqrt()
-            x = torch.cat([v[i, : 2 * half], pairs, own[i : i + 1], near[i : i + 1]])
-            hidden = x @ w["hidden"] + w["hidden_bias"]
-            hidden = hidden * torch.sigmoid(hidden)
-            scores.append(w["trust"] * own[i] + w["neighbours"] * near[i] + hidden @ w["out"])
-        return torch.softmax(torch.stack(scores), dim=0)
+        pairs = (k[:span, :half].square() + k[:span, half:].square()).sqrt()
+        x = torch.cat([v[:span], pairs, own[:, None], near[:, None]], dim=1)
+        hidden = x @ w["hidden"] + w["hidden_bias"]
+        hidden = hidden * torch.sigmoid(hidden)
+        return torch.softmax(w["trust"] * own + w["neighbours"] * near + hidden @ w["out"], dim=0)
 
     @torch.no_grad()
     def compress(self, ids: list[int], window: int, kept_entries: int, sink: int, targets: int) -> Compressed:

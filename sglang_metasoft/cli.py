@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             print(folder)
         else:
             command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--enable-metasoft"]
-            os.execv(sys.executable, [*command, *args.flags])
+            os.execv(sys.executable, [*command, "--metasoft-path", model.COMPRESSOR, *args.flags])
     return 0
 
 

@@ -83,7 +83,7 @@ $(OTHERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml
 
 define install
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --disable-pip-version-check -q -e '.[demo,eval,test,dev]' sglang==$(1)
+	$(@D)/bin/python -m pip install --disable-pip-version-check -q -e '.[demo,eval,train,test,dev]' sglang==$(1)
 	touch $@
 endef
 

@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.server import Server
+from sglang_metasoft.entry_scorer import EntryScorer
 from sglang_metasoft.soft_tokens import SoftTokens
 from sglang_metasoft.types import ModelShape
 
@@ -84,6 +85,13 @@ def compressor_dir(model_dir, tmp_path_factory):
     table = model.get_input_embeddings()
     soft = SoftTokens.untrained(shape, 16, lambda ids: table(ids).detach(), torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
+    soft.scorer = EntryScorer(shape.num_layers, shape.num_kv_heads, shape.head_dim, 8)
+    soft.sizes |= {"scorer": 8, "head_dim": shape.head_dim}
+    features = soft.scorer.hidden.shape[-2]
+    heads = (shape.num_layers, shape.num_kv_heads, features)
+    soft.scorer.initialise(torch.zeros(heads), torch.ones(heads), generator)
+    for parameter in (soft.scorer.out, soft.scorer.neighbours):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     soft.gate_scale.copy_(torch.rand(soft.gate_scale.shape, generator=generator))
     soft.trunk.bias.copy_(torch.randn(soft.trunk.bias.shape, generator=generator))
     folder = tmp_path_factory.mktemp("compressor")

@@ -22,7 +22,7 @@ def serve_demo(argv: list[str]) -> int:
     args = _parse("serve-demo", argv, takes_flags=True)
     folder = model.prepare(args.folder / MODEL_NAME)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--enable-metasoft"]
-    os.execv(sys.executable, [*command, *args.flags])
+    os.execv(sys.executable, [*command, "--metasoft-path", model.COMPRESSOR, *args.flags])
 
 
 def demo_model(argv: list[str]) -> int:

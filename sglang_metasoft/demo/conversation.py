@@ -22,9 +22,10 @@ def run(folder: Path, flags: list[str]) -> None:
     """
     print("1/3  demo model: SmolLM2-135M-Instruct")
     model = demo_model.prepare(folder / "SmolLM2-135M-Instruct")
-    print("2/3  starting: python -m sglang.launch_server --enable-metasoft", *flags)
+    flags = ["--enable-metasoft", "--metasoft-path", demo_model.COMPRESSOR, *flags]
+    print("2/3  starting: python -m sglang.launch_server", *flags)
     with tempfile.TemporaryDirectory() as scratch:
-        with Server(model, ["--enable-metasoft", *flags], log=Path(scratch) / "server.log") as server:
+        with Server(model, flags, log=Path(scratch) / "server.log") as server:
             print("3/3  a document and two questions, one chat")
             talk(server)
 

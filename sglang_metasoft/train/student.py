@@ -65,6 +65,16 @@ class Dynamic(Student):
         soft.embedding_check.copy_(table[ids])
         return cls(soft)
 
+    @classmethod
+    def load(cls, backbone: Backbone, path: str) -> "Dynamic":
+        """Go on from a compressor.
+
+        Raises:
+            ValueError: as :meth:`sglang_metasoft.soft_tokens.SoftTokens.load`.
+        """
+        soft = SoftTokens.load(path, backbone.shape, backbone.embed, backbone.device)
+        return cls(soft.requires_grad_(True))
+
     @torch.no_grad()
     def calibrate(self, backbone: Backbone, contexts: list[Context], seed: int) -> None:
         """Set the entry scorer to the identity, its features standardised over some contexts."""

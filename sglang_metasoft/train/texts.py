@@ -70,12 +70,23 @@ def ngrams(text: str, words: int = NGRAM_WORDS) -> set[int]:
     return {hash(tuple(tokens[n : n + words])) for n in range(len(tokens) - words + 1)}
 
 
-def overlapping(texts: Iterable[str], held_out: Iterable[str], words: int = NGRAM_WORDS) -> list[int]:
-    """Indices of the texts that share a run of ``words`` words with any held-out text."""
-    known: set[int] = set()
-    for text in held_out:
-        known |= ngrams(text, words)
-    return [number for number, text in enumerate(texts) if not known.isdisjoint(ngrams(text, words))]
+class HeldOut:
+    """Text that training must not see.
+
+    Args:
+        texts: the held-out texts.
+        words: a run of this many words in common is an overlap.
+    """
+
+    def __init__(self, texts: Iterable[str] = (), words: int = NGRAM_WORDS) -> None:
+        self.words = words
+        self.known: set[int] = set()
+        for text in texts:
+            self.known |= ngrams(text, words)
+
+    def overlaps(self, text: str) -> bool:
+        """Whether ``text`` shares a run of words with any held-out text."""
+        return bool(self.known) and not self.known.isdisjoint(ngrams(text, self.words))
 
 
 def passage(rng: random.Random, texts: list[str], chars: int) -> str:

@@ -51,6 +51,8 @@ class Trainer:
         s = self.settings
         if s.method == "judge_q":
             return Static.create(self.backbone, s.soft_tokens, s.seed)
+        if s.init is not None:
+            return Dynamic.load(self.backbone, str(s.init))
         return Dynamic.create(self.backbone, s.soft_tokens, s.scorer_width, s.seed)
 
     def _groups(self) -> list[dict]:
@@ -85,7 +87,7 @@ class Trainer:
         """
         s, main = self.settings, self.accelerator.is_main_process
         scores: dict[str, float] = {}
-        if self.step == 0 and isinstance(self.student, Dynamic):
+        if self.step == 0 and isinstance(self.student, Dynamic) and s.init is None:
             contexts = [self._context(n, n % 2 == 1) for n in range(min(CALIBRATION_CONTEXTS, s.cases))]
             self.student.calibrate(self.backbone, contexts, s.seed)
         bar = tqdm(total=s.total_steps, initial=self.step, disable=not main, desc="training", unit="step")

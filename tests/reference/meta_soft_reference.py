@@ -55,6 +55,25 @@ class Reference:
             soft.append(sum(weight * w["library"][row] for weight, row in zip(weights, rows, strict=True)))
         return w["norm"] * torch.stack(soft)
 
+    def refined(self, layer: int, head: int, mass: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """[S] importance of one head's entries in a prompt with its question: the probe's mass, read by the scorer."""
+        if "scorer.out" not in self.weights:
+            return mass
+        w = {
+            name.removeprefix("scorer."): tensor[0, layer, head]
+            for name, tensor in self.weights.items()
+            if name.startswith("scorer.")
+        }
+        span, half = len(mass), k.shape[1] // 2
+        around = torch.stack([mass[max(0, i - 3) : i + 4].mean() for i in range(span)])
+        own, near = (x.clamp(min=1e-9).log() for x in (mass, around))
+        own, near = own - own.mean(), near - near.mean()
+        pairs = (k[:span, :half].square() + k[:span, half:].square()).sqrt()
+        x = torch.cat([v[:span], pairs, own[:, None], near[:, None]], dim=1)
+        hidden = x @ w["hidden"] + w["hidden_bias"]
+        hidden = hidden * torch.sigmoid(hidden)
+        return torch.softmax(w["trust"] * own + w["neighbours"] * near + hidden @ w["out"], dim=0)
+
     @torch.no_grad()
     def compress(self, ids: list[int], window: int, kept_entries: int, sink: int, targets: int) -> Compressed:
         """Prefill, probe, partition, consolidate."""
@@ -74,11 +93,12 @@ class Reference:
             groups, _, d = keys.shape
             per_group = attention[0].reshape(groups, -1, count, attention.shape[-1]).mean(dim=(1, 2))
             mass = per_group[:, :span_len]
-            result.importance.append(mass)
+            rank = torch.stack([self.refined(number, g, mass[g], keys[g], values[g]) for g in range(groups)])
+            result.importance.append(rank)
             kept_per_head, new_keys, new_values, contested_per_head = [], [], [], []
             for g in range(groups):
-                by_mass = sorted(range(sink, span_len), key=lambda i: (-mass[g, i].item(), i))
-                kept = sorted(list(range(sink)) + by_mass[: kept_entries - sink])
+                by_rank = sorted(range(sink, span_len), key=lambda i: (-rank[g, i].item(), i))
+                kept = sorted(list(range(sink)) + by_rank[: kept_entries - sink])
                 dropped = sorted(set(range(span_len)) - set(kept))
                 k, v, a = keys[g], values[g], mass[g]
                 affinity = k[dropped] @ k[kept].T / d**0.5

@@ -21,7 +21,7 @@ from sglang_metasoft.train.generators import GENERATORS
 from sglang_metasoft.train.objective import losses
 from sglang_metasoft.train.prepare import prepare
 from sglang_metasoft.train.selection import answer_score, kept_slots, shorten, top
-from sglang_metasoft.train.texts import overlapping, read_corpus
+from sglang_metasoft.train.texts import HeldOut, read_corpus
 from sglang_metasoft.types import Job, LayerPool, LayerView, Plan, Probe
 
 CPU = torch.device("cpu")
@@ -171,7 +171,8 @@ def test_the_server_ranks_as_training_does(scorer, at_boundary):
 def test_overlap_is_found_by_runs_of_words():
     held_out = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     texts = ["ONE, two three four five six seven; eight nine ten eleven twelve thirteen!", "one two three four " * 9]
-    assert overlapping(texts, [held_out]) == [0]
+    assert [HeldOut([held_out]).overlaps(text) for text in texts] == [True, False]
+    assert not HeldOut().overlaps(texts[0])
 
 
 def test_chats_and_texts_are_read_from_rows(tmp_path, document):

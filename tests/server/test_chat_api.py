@@ -1,4 +1,4 @@
-"""Chats through the OpenAI API, with all layers of the model: its answers are text, which comes back as the same tokens."""
+"""Chats through the OpenAI API, on all layers of the model: its answers are text that comes back as the same tokens."""
 
 import re
 

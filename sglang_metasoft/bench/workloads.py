@@ -39,7 +39,8 @@ def shared_document(size: Size) -> list[str]:
 def multi_turn(size: Size) -> list[str]:
     """Chats over a long first message, a turn after the other."""
     groups = max(size.requests // (2 * CHAT_TURNS), 2)
-    return [*_shared(size, groups=groups, prompts=2, turns=CHAT_TURNS), "--max-concurrency", str(2 * groups)]
+    chats = _shared(size, groups=groups, prompts=2, turns=CHAT_TURNS)
+    return [*chats, "--max-concurrency", str(2 * groups), "--backend", "sglang-oai-chat"]
 
 
 def short_prompts(size: Size) -> list[str]:

@@ -5,8 +5,8 @@ import torch
 from metasoft_kernels.move import fused as move_kernels
 from metasoft_kernels.probe import fused as probe_kernels
 
-from sglang_metasoft.batch import FusedBatch
-from sglang_metasoft.config import CONSOLIDATIONS, METHODS, MetaSoftConfig
+from sglang_metasoft.batch import FUSED_CONSOLIDATIONS, FusedBatch
+from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe
@@ -27,8 +27,8 @@ def make_jobs(case, pool):
     return jobs
 
 
-@pytest.mark.parametrize("consolidation", CONSOLIDATIONS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("consolidation", FUSED_CONSOLIDATIONS)
+@pytest.mark.parametrize("name", ["judge_q", "snapkv"])  # the probe's attention alone, and a score of its own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
 def test_batch(name, consolidation, dtype):
     case = Case(0, 3, 2, 64, 16, dtype)
@@ -42,7 +42,7 @@ def test_batch(name, consolidation, dtype):
     k, v = (randn(sum(lengths), 3, 64, dtype=case.compute_dtype) for _ in range(2))
     gate = torch.rand(3, 1).to(DEVICE)
     batch = FusedBatch(jobs, method, config, probe_kernels.attend)
-    out, consolidated, flags = batch.compress(q, k, v, layer, gate)
+    out, consolidated, flags = batch.compress(q, k, v, layer, gate, 0)
     assert DEVICE == "cuda" or all(flag.item() for flag in flags)
     move_kernels.move(
         pool.key, pool.value, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from sglang_metasoft.config import MetaSoftConfig, shown
+from sglang_metasoft.config import METHODS, MetaSoftConfig, shown
 from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_config, read_shape
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.score import load_method
@@ -82,7 +82,12 @@ class InspectedModel:
         return kv_bytes_per_entry(self.shape, self.stored_dtype)
 
     def make_method(self, config: MetaSoftConfig) -> Method:
-        """The configured method for this model. Raises ValueError: it cannot serve it."""
+        """The configured method for this model. Raises ValueError: it cannot serve it, or needs a server to start."""
+        served = [
+            name for name in METHODS if load_method(name).needs_probe and load_method(name).prepare is Method.prepare
+        ]
+        if config.method not in served:
+            raise ValueError(f"method {config.method!r} cannot be inspected; allowed: one of: {', '.join(served)}")
         return load_method(config.method)(config, self.shape, self._embed, self.device)
 
     def _tensor(self, values: list) -> torch.Tensor:
@@ -127,7 +132,7 @@ class InspectedModel:
             raw = cache.layers[layer]
             pool = LayerPool(raw.keys[0].transpose(0, 1), raw.values[0].transpose(0, 1), scale, 1.0, 1.0)
             gate = method.gate_scale(layer, 0, self.shape.num_kv_heads)
-            out, routes, merged, _ = compress_layer(job, q, k, v, pool, recorder, config, gate)
+            out, routes, merged, _ = compress_layer(job, q, k, v, pool, recorder, config, gate, layer)
             gates = torch.as_tensor(gate, dtype=torch.float32, device="cpu").flatten().expand(self.shape.num_kv_heads)
             layers.append(CompressedLayer(recorder.importance, routes, merged, gates))
             return out
@@ -216,8 +221,8 @@ class _Recorder:
     def __getattr__(self, name: str):
         return getattr(self._method, name)
 
-    def score(self, *args):
-        scores = self._method.score(*args)
+    def score_layer(self, view):
+        scores = self._method.score_layer(view)
         self.importance = scores.importance.nan_to_num(0.0, 0.0, 0.0)
         return scores
 

@@ -17,6 +17,19 @@ def is_interpreted() -> bool:
     return isinstance(_nothing, InterpretedFunction)
 
 
+def check_device(device: torch.device) -> None:
+    """Refuse ``triton`` on a device that it cannot serve.
+
+    Raises:
+        ValueError: neither CUDA nor interpreted; says what can be done.
+    """
+    if device.type != "cuda" and not is_interpreted():
+        raise ValueError(
+            f"metasoft kernels: 'triton' is not allowed on the device {device.type!r} unless TRITON_INTERPRET=1 is set "
+            "in the environment (slow, for tests); allowed: auto, torch"
+        )
+
+
 def uses_triton(kernels: str, device: torch.device, entry_dtype: torch.dtype) -> bool:
     """Whether the fused kernels serve tensors of this kind.
 
@@ -32,11 +45,7 @@ def uses_triton(kernels: str, device: torch.device, entry_dtype: torch.dtype) ->
         raise ValueError(f"metasoft kernels: {kernels!r} is not allowed; allowed: one of: {', '.join(KERNELS)}")
     if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
         return False
-    if device.type != "cuda" and not is_interpreted():
-        raise ValueError(
-            f"metasoft kernels: 'triton' is not allowed on the device {device.type!r} unless TRITON_INTERPRET=1 is set "
-            "in the environment (slow, for tests); allowed: auto, torch"
-        )
+    check_device(device)
     if device.type == "cuda" and not is_interpreted() and entry_dtype == torch.float8_e4m3fn:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 9):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import typing
 
+import torch
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from metasoft_patches.adapters import load_adapter
@@ -155,6 +156,10 @@ def check_server(result, server_args) -> None:
     verify_hooks(adapter.targets_of("flags", "frontend"))
     settings, model_config = adapter.settings(server_args)
     compat.check_features(settings, model_config)
+    if config.kernels == "triton":
+        from metasoft_kernels.backend import check_device
+
+        check_device(torch.device(settings.device))
     load_method(config.method).check(config, model_shape(model_config), settings.tp_size)
 
 

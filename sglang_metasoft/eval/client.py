@@ -18,6 +18,7 @@ from sglang_metasoft.radix import BACKEND_NAME
 
 APIS = ("generate", "completions", "chat")
 TIMEOUT_SECONDS = 1800
+SCORED_AT_ONCE_TOKENS = 64  # --metasoft-window's default
 
 
 class Answer(NamedTuple):
@@ -175,19 +176,40 @@ def measure(
         params["metasoft_boundary"] = boundary
     tenant = f"{run_id}/{case.task}/{case.seed}/{case.length_tokens}/{case.index}/{mode}"
     ask = dict(custom_params=params, tenant=tenant)
-    is_scored = case.metric == PERPLEXITY
     if not is_full and mode != "inside":
         first = prompt
         if mode == "after":
             first = prompt._replace(ids=prompt.ids[: prompt.boundary_tokens] + other_ids)
         server.ask(first, case, turn, max_new_tokens=2, **ask)
     start = time.monotonic()
-    answer = server.ask(
-        prompt, case, turn, max_new_tokens=max(case.max_new_tokens, 1), **ask,
-        logprobs_from=prompt.boundary_tokens if is_scored else None,
-    )  # fmt: skip
+    if case.metric == PERPLEXITY:
+        answer = score_rest(server, prompt, case, turn, ask)
+    else:
+        answer = server.ask(prompt, case, turn, max_new_tokens=case.max_new_tokens, **ask)
     seconds = time.monotonic() - start
     return Measured(answer, None if is_full else find_problem(answer.meta, mode, boundary, server.page_size), seconds)
+
+
+def score_rest(server: Server, prompt: Rendered, case: Case, turn: int, ask: dict) -> Answer:
+    """Log-probabilities of what follows the document, its first token aside.
+
+    A prompt whose log-probabilities are asked for before its raw window is not compressed, so the rest is scored piece
+    by piece, as the end of ever longer prompts.
+
+    Args:
+        ask: further arguments of :meth:`Server.ask`.
+    """
+    values: list[float] = []
+    start, answers = prompt.boundary_tokens, []
+    while start < len(prompt.ids) - 1:
+        end = min(start + SCORED_AT_ONCE_TOKENS, len(prompt.ids))
+        piece = prompt._replace(ids=prompt.ids[:end])
+        answers.append(server.ask(piece, case, turn, max_new_tokens=1, logprobs_from=start, **ask))
+        values += answers[-1].logprobs
+        start = end - 1
+    # A piece that was not compressed speaks for all.
+    meta = next((answer.meta for answer in answers if "metasoft_bypass" in answer.meta), answers[-1].meta)
+    return Answer("", meta, values)
 
 
 def find_problem(meta: dict, mode: str, boundary: int | None, page_size: int) -> str | None:

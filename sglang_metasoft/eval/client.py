@@ -6,18 +6,22 @@ window in the tree would stop the compression of another. Every case has a tenan
 mode or earlier run gives it a compressed prefix.
 """
 
+import dataclasses
 import time
 import uuid
 from typing import NamedTuple
 
 import requests
 
-from sglang_metasoft.eval.case import Case, Rendered
+from sglang_metasoft.eval.case import Case, Rendered, Turn
 from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.radix import BACKEND_NAME
 
 APIS = ("generate", "completions", "chat")
 TIMEOUT_SECONDS = 1800
+JOINED_TOKENS = 4
+OTHER_TEXT = "##"  # begins no task's question
+SCORED_AT_ONCE_TOKENS = 64  # --metasoft-window's default
 
 
 class Answer(NamedTuple):
@@ -163,31 +167,56 @@ def measure(
     ``repeat`` and ``after`` ask twice: a first request compresses, the second is measured and has to reuse it.
 
     Args:
-        other_ids: tokens that differ from the question's first, to follow the document in the first request.
+        other_ids: of :data:`OTHER_TEXT`, which follows the document in the first request.
         run_id: of this process; keeps runs on one server apart.
     """
     is_full = ratio == 1
     params: dict = {"metasoft_ratio": ratio} if server.has_metasoft else {}
     if not is_full and not server.has_metasoft:
         raise ValueError(f"ratio {ratio:g}: {server.url} does not compress; allowed: --ratios 1")
-    boundary = prompt.boundary_tokens if mode == "after" else None
+    boundary = None
+    if mode == "after":
+        # A server that renders the template may join the document's last characters with the question's first.
+        boundary = prompt.boundary_tokens - (JOINED_TOKENS if server.api == "chat" else 0)
     if boundary and not is_full:
         params["metasoft_boundary"] = boundary
     tenant = f"{run_id}/{case.task}/{case.seed}/{case.length_tokens}/{case.index}/{mode}"
     ask = dict(custom_params=params, tenant=tenant)
-    is_scored = case.metric == PERPLEXITY
     if not is_full and mode != "inside":
-        first = prompt
+        first, first_case = prompt, case
         if mode == "after":
             first = prompt._replace(ids=prompt.ids[: prompt.boundary_tokens] + other_ids)
-        server.ask(first, case, turn, max_new_tokens=2, **ask)
+            first_case = dataclasses.replace(case, turns=(*case.turns[:turn], Turn(OTHER_TEXT, ())))
+        server.ask(first, first_case, turn, max_new_tokens=2, **ask)
     start = time.monotonic()
-    answer = server.ask(
-        prompt, case, turn, max_new_tokens=max(case.max_new_tokens, 1), **ask,
-        logprobs_from=prompt.boundary_tokens if is_scored else None,
-    )  # fmt: skip
+    if case.metric == PERPLEXITY:
+        answer = score_rest(server, prompt, case, turn, ask)
+    else:
+        answer = server.ask(prompt, case, turn, max_new_tokens=case.max_new_tokens, **ask)
     seconds = time.monotonic() - start
     return Measured(answer, None if is_full else find_problem(answer.meta, mode, boundary, server.page_size), seconds)
+
+
+def score_rest(server: Server, prompt: Rendered, case: Case, turn: int, ask: dict) -> Answer:
+    """Log-probabilities of what follows the document, its first token aside.
+
+    A prompt whose log-probabilities are asked for before its raw window is not compressed, so the rest is scored piece
+    by piece, as the end of ever longer prompts.
+
+    Args:
+        ask: further arguments of :meth:`Server.ask`.
+    """
+    values: list[float] = []
+    start, answers = prompt.boundary_tokens, []
+    while start < len(prompt.ids) - 1:
+        end = min(start + SCORED_AT_ONCE_TOKENS, len(prompt.ids))
+        piece = prompt._replace(ids=prompt.ids[:end])
+        answers.append(server.ask(piece, case, turn, max_new_tokens=1, logprobs_from=start, **ask))
+        values += answers[-1].logprobs
+        start = end - 1
+    # A piece that was not compressed speaks for all.
+    meta = next((answer.meta for answer in answers if "metasoft_bypass" in answer.meta), answers[-1].meta)
+    return Answer("", meta, values)
 
 
 def find_problem(meta: dict, mode: str, boundary: int | None, page_size: int) -> str | None:

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from sglang_metasoft.eval.case import Case, render
-from sglang_metasoft.eval.client import Server, measure, new_run_id
+from sglang_metasoft.eval.client import OTHER_TEXT, Server, measure, new_run_id
 from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.eval.records import FULL, Store, make_key, make_record
 
@@ -16,7 +16,6 @@ REPORTED = (
     "metasoft_bypass",
     "cached_tokens",
 )
-OTHER_TEXT = "##"  # begins no task's question
 
 
 class Run:

@@ -23,6 +23,11 @@ LONG_TOKENS = 8192
 LAYERS, HEADS = 30, 3
 
 
+@pytest.fixture(scope="session")
+def model_dir(full_model_dir):
+    return full_model_dir
+
+
 @pytest.fixture(scope="module")
 def page_file(model_dir, document, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspect")

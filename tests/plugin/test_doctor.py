@@ -16,6 +16,11 @@ from sglang_metasoft.compat import SUPPORTED_SGLANG
 FIELDS = {"name", "status", "found", "remedy"}
 
 
+@pytest.fixture(scope="session")
+def model_dir(full_model_dir):
+    return full_model_dir
+
+
 def report(capsys, *argv):
     """Exit code, checks by name, estimate."""
     code = main([*argv, "--json"])

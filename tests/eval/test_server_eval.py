@@ -9,7 +9,7 @@ from sglang_metasoft.cli import main
 from sglang_metasoft.eval.client import find_problem
 from sglang_metasoft.eval.records import read_records
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 TASKS = [
     "niah_single_1", "vt", "fwe", "qa_1", "lb_summary", "lb_few_shot", "lb_retrieval", "lb_code", "sc_kv",

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from sglang_metasoft.demo.server import ServerFailed
 from tests.server.checks import metasoft
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]  # Triton's interpreter takes minutes
 
 PROMPT_TOKENS, NEW_TOKENS = 160, 4
 SETTINGS = {"soft_tokens": 8}

@@ -151,6 +151,7 @@ def test_the_command_names_what_is_wrong(capsys, tmp_path, tiny_model, corpus):
     assert "no case of 20000 to" in run("--min-prefix-tokens", "20000", "--max-prefix-tokens", "30000")
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(settings, tmp_path):
     """The averaged gradient is that of one process that takes all contexts; Adam's first mean is a tenth of it."""
     alone = settings(batch=4, steps=1, selector_steps=0)

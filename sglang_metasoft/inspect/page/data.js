@@ -25,7 +25,8 @@ const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥");
 async function unpack(name, bytes) {
   const script = $$("array-" + name);
   const text = atob(script.textContent);
-  const packed = Uint8Array.from(text, (c) => c.charCodeAt(0));
+  const packed = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) packed[i] = text.charCodeAt(i);
   script.remove();
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   const planes = new Uint8Array(await new Response(stream).arrayBuffer());

@@ -226,7 +226,7 @@ def resolve_folder(path: str) -> Path:
     except Exception as error:
         raise ValueError(
             f"metasoft path: {path!r} is no directory, not shipped ({', '.join(built_in) or 'none is'}), "
-            f"and could not be downloaded as a hub id: {error}"
+            f"and could not be downloaded as a hub id: {' '.join(str(error).split())}"
         ) from None
 
 

@@ -1,6 +1,7 @@
-"""Attention with its probabilities at hand: what answers look at (targets), and what a probe looks at (with gradients).
+"""Attention with its probabilities at hand: what answers look at (targets), what a probe looks at (with gradients), and
+what answers see when entries fade (with gradients to the fading).
 
-Both are attend functions for :meth:`sglang_metasoft.train.backbone.Backbone.rows`.
+All are attend functions for :meth:`sglang_metasoft.train.backbone.Backbone.rows`.
 """
 
 import torch
@@ -84,6 +85,27 @@ class Probing:
         self.importance.append(probabilities[..., : self.span].mean(dim=(1, 2)))
         seen, own = probabilities.flatten(1, 2).split((length - rows, rows), -1)
         return (seen @ old_v + own @ new_v).view(heads, rows, d).to(q.dtype)
+
+
+class Fading:
+    """Attention to a context whose entries are faded out, with gradients to how much each one is.
+
+    Args:
+        log_keep: ``[layers, G, S]``, at most 0: added to the logits of the context's first S entries.
+    """
+
+    def __init__(self, log_keep: torch.Tensor) -> None:
+        self.log_keep = log_keep
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        (heads, rows, d), (groups, length) = q.shape, k.shape[:2]
+        faded = self.log_keep[layer]
+        logits = (q.float() * scale).reshape(groups, -1, d) @ k.float().transpose(1, 2)
+        first, rest = logits.split((faded.shape[1], length - faded.shape[1]), -1)
+        future = torch.ones(rows, rest.shape[-1], dtype=torch.bool, device=q.device).triu(rest.shape[-1] - rows + 1)
+        rest = rest.view(groups, -1, rows, rest.shape[-1]).masked_fill(future, float("-inf")).flatten(1, 2)
+        probabilities = torch.cat([first + faded.unsqueeze(1), rest], -1).softmax(-1)
+        return (probabilities @ v.float()).view(heads, rows, d).to(q.dtype)
 
 
 def _split(entries: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,6 +24,7 @@ HELP = {
     "learning_rate": "of the soft tokens; other parts have fixed shares of it",
     "orthogonality": "weight of the penalty on the library",
     "lost_weight": "weight of the attention lost at a cut, beside the divergence",
+    "answer_weight": "weight of the change in answers under a soft cut; 0: attention maps alone",
     "min_prefix_tokens": "shortest prefix",
     "max_prefix_tokens": "longest usual prefix; one in ten has up to three times as many tokens",
     "answer_tokens": "most tokens of an answer",
@@ -100,7 +101,7 @@ def train(settings: TrainSettings) -> dict[str, float]:
     from sglang_metasoft.train.dataset import Dataset
     from sglang_metasoft.train.export import export
     from sglang_metasoft.train.prepare import Store
-    from sglang_metasoft.train.texts import HeldOut, read_corpus
+    from sglang_metasoft.train.texts import HeldOut, read_corpus, read_held_out
     from sglang_metasoft.train.trainer import Trainer
     from sglang_metasoft.train.validate import RANKERS, evaluate, ranking, validation_contexts
 
@@ -109,7 +110,7 @@ def train(settings: TrainSettings) -> dict[str, float]:
     if settings.device.startswith("cuda") and device.type != "cuda":
         raise ValueError(f"train device: {settings.device!r} is not there; allowed: cpu, or a GPU that torch sees")
     texts, chats = read_corpus(settings.data)
-    held_out = HeldOut(itertools.chain.from_iterable(read_corpus(path)[0] for path in settings.exclude))
+    held_out = HeldOut(itertools.chain.from_iterable(map(read_held_out, settings.exclude)))
     backbone = Backbone(settings.model, device, getattr(torch, settings.dtype))
     dataset = Dataset(
         backbone.tokenizer, texts, chats,

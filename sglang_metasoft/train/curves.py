@@ -57,7 +57,11 @@ class Curves:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        panels = (("loss", ("divergence", "lost")), ("‖LLᵀ − I‖²", ("orthogonality",)), ("overlap", ("overlap",)))
+        panels = (
+            ("loss", ("divergence", "lost", "answer divergence")),
+            ("‖LLᵀ − I‖²", ("orthogonality",)),
+            ("overlap", ("overlap",)),
+        )
         figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6))
         for axis, (title, starts) in zip(axes, panels, strict=True):
             names = sorted({name for row in self.rows for name in row if name.startswith(starts)})

@@ -219,7 +219,7 @@ def _sentences(text: str) -> list[str]:
 GENERATORS: dict[str, tuple[Generator, float]] = {  # with shares of the mix
     "needles": (needles, 0.35),
     "records": (records, 0.12),
-    "pairs": (pairs, 0.10),
+    "pairs": (pairs, 0.15),
     "copying": (copying, 0.13),
     "gaps": (gaps, 0.12),
     "instructions": (instructions, 0.08),

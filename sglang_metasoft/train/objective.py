@@ -34,10 +34,26 @@ def losses(log_importance: torch.Tensor, target: torch.Tensor, ratio: float) -> 
     wanted = without_sinks(target)
     scores = log_importance[..., SINKS:]
     divergence = (wanted * (wanted.clamp_min(CUT_FLOOR).log() - scores.log_softmax(-1))).sum(-1).mean()
-    kept = max(1, round(scores.shape[-1] / ratio))
-    cut = scores.kthvalue(scores.shape[-1] - kept + 1, dim=-1, keepdim=True).values
-    lost = 1 - (wanted * torch.sigmoid((scores - cut) / SOFTNESS)).sum(-1).mean()
+    lost = 1 - (wanted * torch.sigmoid(_above_cut(scores, scores.shape[-1] / ratio))).sum(-1).mean()
     return Losses(divergence, lost)
+
+
+def log_keep(log_importance: torch.Tensor, kept: int) -> torch.Tensor:
+    """``[layers, G, S]``: log of how much of each entry a soft cut after ``kept`` entries leaves; 0 for sinks."""
+    scores = log_importance[..., SINKS:]
+    return torch.nn.functional.pad(torch.nn.functional.logsigmoid(_above_cut(scores, kept - SINKS)), (SINKS, 0))
+
+
+def _above_cut(scores: torch.Tensor, kept: float) -> torch.Tensor:
+    kept = min(max(1, round(kept)), scores.shape[-1])
+    cut = scores.kthvalue(scores.shape[-1] - kept + 1, dim=-1, keepdim=True).values
+    return (scores - cut) / SOFTNESS
+
+
+def answer_divergence(full: torch.Tensor, compressed: torch.Tensor) -> torch.Tensor:
+    """KL between the next-token distributions ``[t, vocab]`` (logits) over the full and the compressed context."""
+    wanted = full.float().log_softmax(-1)
+    return (wanted.exp() * (wanted - compressed.float().log_softmax(-1))).sum(-1).mean()
 
 
 def orthogonality(library: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import avg_pool1d, cross_entropy
 
 from sglang_metasoft.policy import MIN_KEPT_SLOTS
 from sglang_metasoft.train.attention import Probing
-from sglang_metasoft.train.backbone import Backbone, Layers
+from sglang_metasoft.train.backbone import Attend, Backbone, Layers
 from sglang_metasoft.train.prepare import SINKS, Context
 
 SNAPKV_POOL = 5
@@ -64,18 +64,26 @@ def shorten(context: Context, kept: torch.Tensor) -> Layers:
 @torch.no_grad()
 def answer_score(backbone: Backbone, context: Context, layers: Layers | None = None) -> AnswerScore:
     """Answers over ``layers`` in place of the context's own; the last prompt token is run again over them."""
-    layers = context.layers if layers is None else layers
-    length = context.layers.length
     losses, hits, tokens = 0.0, 0, 0
-    for question, answer in context.answers:
-        past, start = layers, length
-        if not question:
-            question = context.last_ids[-1:].tolist()
-            past, start = Layers((k[:, :-1], v[:, :-1]) for k, v in layers), length - 1
-        rows = backbone.tensor(question + answer[:-1])
-        logits = backbone.rows(rows, past, start=start, logits=True)[0][-len(answer) :].float()
+    for number, (_, answer) in enumerate(context.answers):
+        logits = answer_logits(backbone, context, number, layers).float()
         wanted = backbone.tensor(answer)
         losses += cross_entropy(logits, wanted, reduction="sum").item()
         hits += bool((logits.argmax(-1) == wanted).all())
         tokens += len(answer)
     return AnswerScore(losses / tokens, hits / len(context.answers))
+
+
+def answer_logits(
+    backbone: Backbone, context: Context, number: int, layers: Layers | None = None, attend: Attend | None = None
+) -> torch.Tensor:
+    """``[t, vocab]`` logits for answer ``number`` of the context, teacher-forced, over ``layers`` or its own KV."""
+    layers = context.layers if layers is None else layers
+    length = context.layers.length
+    question, answer = context.answers[number]
+    past, start = layers, length
+    if not question:
+        question = context.last_ids[-1:].tolist()
+        past, start = Layers((k[:, :-1], v[:, :-1]) for k, v in layers), length - 1
+    rows = backbone.tensor(question + answer[:-1])
+    return backbone.rows(rows, past, attend, start=start, logits=True)[0][-len(answer) :]

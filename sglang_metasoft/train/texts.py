@@ -4,7 +4,7 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sglang_metasoft.config import shown
@@ -44,6 +44,20 @@ def read_corpus(path: Path) -> tuple[list[str], list[Chat]]:
             f"of {', '.join(TEXT_SUFFIXES)} or .jsonl files, or one .jsonl file"
         )
     return texts, chats
+
+
+def read_held_out(path: Path) -> Iterator[str]:
+    """Every file of a folder, or one file, as it is, whatever its format; gzip is unpacked.
+
+    Raises:
+        ValueError: it is not there, or cannot be read.
+    """
+    try:
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+            yield data.decode("utf-8", errors="replace")
+    except (OSError, EOFError) as error:
+        raise ValueError(f"held-out text: {str(path)!r} cannot be read: {error}") from None
 
 
 def _add_row(line: str, where: str, texts: list[str], chats: list[Chat]) -> None:

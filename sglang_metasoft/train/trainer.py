@@ -7,11 +7,13 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from sglang_metasoft.train import checkpoint
+from sglang_metasoft.train.attention import Fading
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.curves import Curves
 from sglang_metasoft.train.dataset import Dataset
-from sglang_metasoft.train.objective import losses, orthogonality
+from sglang_metasoft.train.objective import answer_divergence, log_keep, losses, orthogonality
 from sglang_metasoft.train.prepare import Context, Store
+from sglang_metasoft.train.selection import answer_logits, kept_slots
 from sglang_metasoft.train.settings import TrainSettings
 from sglang_metasoft.train.student import Dynamic, Static, Student
 
@@ -119,13 +121,13 @@ class Trainer:
             rng = random.Random(f"{s.seed}:context:{number}")
             at_boundary = number % 2 == 1
             context = self._context(self._case_number(number), at_boundary, rng)
-            terms = self._losses(context, rng.choice(RATIOS), self._noise(step, rng))
+            terms = self._losses(context, rng.choice(RATIOS), self._noise(step, rng), rng)
             total = sum(weight * term for weight, term in terms.values())
             (total / s.batch).backward()
             kind = "boundary" if at_boundary else "inside"
             for name, (_, term) in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.item() / s.batch
-                if name in ("divergence", "lost"):
+                if name in ("divergence", "lost", "answer divergence"):
                     sums[f"{name} {kind}"] = term.item()
         if isinstance(self.student, Dynamic):
             library = self.student.soft.library
@@ -146,11 +148,19 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         return sums
 
-    def _losses(self, context: Context, ratio: float, noise) -> dict[str, tuple[float, torch.Tensor]]:
+    def _losses(self, context: Context, ratio: float, noise, rng) -> dict[str, tuple[float, torch.Tensor]]:
         s, target = self.settings, context.target.to(self.backbone.device)
         mass = self.student.probe(self.backbone, context, noise)
-        refined = losses(self.student.refine(mass, context, self.backbone), target, ratio)
+        importance = self.student.refine(mass, context, self.backbone)
+        refined = losses(importance, target, ratio)
         terms = {"divergence": (1.0, refined.divergence), "lost": (s.lost_weight, refined.lost)}
+        if s.answer_weight:
+            number = rng.randrange(len(context.answers))
+            with torch.no_grad():
+                full = answer_logits(self.backbone, context, number)
+            fading = Fading(log_keep(importance, kept_slots(context, ratio)))
+            faded = answer_logits(self.backbone, context, number, attend=fading)
+            terms["answer divergence"] = (s.answer_weight, answer_divergence(full, faded))
         if s.method == "metasoft" and s.scorer_width:
             plain = losses(Student.refine(self.student, mass, context, self.backbone), target, ratio)
             terms["probe divergence"] = (PROBE_SHARE, plain.divergence)

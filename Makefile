@@ -8,7 +8,7 @@ SGLANG := 0.5.23
 OTHERS := 0.5.17
 MODEL := .demo/SmolLM2-135M-Instruct/ready
 
-.PHONY: demo serve browser test test-all test-fast gpu-test gpu-pack bench-memory soak eval lint docs clean
+.PHONY: demo serve tools test test-all test-fast gpu-test gpu-pack bench-memory soak eval train-demo lint docs clean
 .PHONY: $(OTHERS:%=test-%) $(OTHERS:%=test-%-identity)
 
 demo: $(INSTALLED)
@@ -17,18 +17,19 @@ demo: $(INSTALLED)
 serve: $(MODEL)
 	$(BIN)/sglang-metasoft serve-demo
 
-test: $(MODEL) browser
+test: $(MODEL) tools
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(MODEL) browser
+test-all: $(MODEL) tools
 	$(BIN)/python -m pip install --disable-pip-version-check -q sglang-router==0.3.2
 	$(BIN)/python -m pytest
 
-# For the tests of `sglang-metasoft inspect`; where it cannot be installed they are skipped and say so.
-browser:
-	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
-		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
-		|| echo "Chromium is not installed: apt-get install chromium, as root"
+# For the tests of `sglang-metasoft inspect` (Chromium) and of the alert rules (promtool); where they cannot be installed
+# those tests are skipped and say so.
+tools:
+	@{ command -v chromium && command -v promtool; } > /dev/null || { test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+		&& apt-get update -qq && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends chromium prometheus; } \
+		|| echo "Chromium or promtool is not installed: apt-get install chromium prometheus, as root"
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not server"
@@ -53,6 +54,14 @@ eval: $(MODEL)
 	$(BIN)/sglang-metasoft eval-hf --model $(dir $(MODEL)) --methods metasoft snapkv oracle --tasks ruler \
 	  --modes inside after --cases 5 --output .eval-results/ruler.jsonl
 	$(BIN)/sglang-metasoft eval-report .eval-results/ruler.jsonl --output .eval-results
+
+# The shipped compressor of the demo model: two hours on one CPU core. Static soft tokens to compare: --method judge_q.
+train-demo: $(MODEL)
+	$(BIN)/python examples/training_texts.py .train-data
+	$(BIN)/sglang-metasoft eval-data
+	$(BIN)/sglang-metasoft train --model $(dir $(MODEL)) --data .train-data --exclude .eval-data --output .train-run \
+	  --cases 300 --max-prefix-tokens 1000 --repeat-share 0.5 --steps 2300 --selector-steps 100 --answer-weight 2 \
+	  --validate-every 800
 
 # The environment of `python -m sglang_metasoft.eval.kvpress_runner`: the peers' own code.
 .venv-kvpress/.installed: pyproject.toml
@@ -88,4 +97,4 @@ define install
 endef
 
 clean:
-	rm -rf $(VENV) .venv-* .demo .eval-data .eval-results build dist *.egg-info
+	rm -rf $(VENV) .venv-* .demo .eval-data .eval-results .train-data .train-run build dist *.egg-info

@@ -15,7 +15,7 @@ ARGS = (
 def browser():
     chromium = os.environ.get("METASOFT_CHROMIUM") or shutil.which("chromium")
     if chromium is None:
-        pytest.skip("Chromium is not installed: apt-get install chromium (`make browser`), or set METASOFT_CHROMIUM")
+        pytest.skip("Chromium is not installed: apt-get install chromium (`make tools`), or set METASOFT_CHROMIUM")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,15 @@ PACKAGES = ("sglang_metasoft", "metasoft_kernels", "metasoft_patches")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The wheel, built and installed alone into an empty folder."""
+    """The wheel, built from the source distribution and installed alone into an empty folder."""
     folder = tmp_path_factory.mktemp("wheel")
     python = [sys.executable, "-m"]
-    subprocess.run([*python, "build", "--wheel", "--no-isolation", "-o", folder, ROOT], check=True, capture_output=True)
+    # Without --wheel or --sdist, `build` makes the source distribution and the wheel from that.
+    subprocess.run([*python, "build", "--no-isolation", "-o", folder, ROOT], check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "LICENSE", "pyproject.toml", "sglang_metasoft/py.typed"} <= names
     (wheel,) = folder.glob("*.whl")
     target = folder / "site"
     subprocess.run([*python, "pip", "install", "-q", "--no-deps", "--target", target, wheel], check=True)
@@ -50,6 +56,8 @@ def test_the_wheel_imports_and_registers_without_the_checkout(installed, tmp_pat
         "from sglang_metasoft.demo.conversation import DOCUMENT; assert len(DOCUMENT.read_text()) > 10_000\n"
         "from importlib.resources import files\n"
         "assert (files('sglang_metasoft.inspect') / 'page/page.html').is_file()\n"
+        "assert (files('sglang_metasoft') / 'compressors/smollm2-135m-instruct/model.safetensors').is_file()\n"
+        "assert (files('sglang_metasoft') / 'py.typed').is_file()\n"
         "from sglang_metasoft.cli import main; assert main(['doctor']) == 0\n"
         "import torch; assert (platform.activate() is None) == torch.accelerator.is_available()\n"
         "metasoft_patches.register()\n"

@@ -42,3 +42,11 @@ def test_an_offline_engine_shares_the_document_from_the_third_question_on(model_
     out = run("offline_engine.py", "--model-path", str(model_dir))
     computed = [int(number) for number in re.findall(r"(\d+) computed", out)]
     assert len(computed) == 3 and computed[2] < 120 < computed[0], out
+
+
+def test_a_compressor_trained_in_miniature_serves(model_dir, tmp_path):
+    out = run("train_in_miniature.py", "--model-path", str(model_dir), "--steps", "3", "--cases", "2",
+              "--output", str(tmp_path))  # fmt: skip
+    prompt, entries = (int(number) for number in re.search(r"(\d+) prompt tokens, (\d+) entries", out).groups())
+    assert prompt > 1500 and entries == -(-prompt // 4), out
+    assert (tmp_path / "compressor" / "model.safetensors").is_file() and '"overlap metasoft inside 4x"' in out

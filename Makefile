@@ -38,7 +38,7 @@ $(OTHERS:%=test-%): test-%: .venv-%/.installed
 	.venv-$*/bin/python -m pytest -m "not slow"
 
 $(OTHERS:%=test-%-identity): test-%-identity: .venv-%/.installed
-	METASOFT_FIRST_LAYERS=1 .venv-$*/bin/python -m pytest tests/contract tests/server/test_identity.py
+	.venv-$*/bin/python -m pytest -m "not slow" tests/contract tests/server/test_identity.py
 
 bench-memory: $(MODEL)
 	$(BIN)/python benchmarks/memory.py --plot docs/memory.png

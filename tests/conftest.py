@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter, here alone: servers that tests start do not inherit it.
@@ -45,11 +46,12 @@ def model_dir(full_model_dir) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = DEMO_FOLDER / f"first-{TEST_LAYERS}-layers"
-    if not demo_model.is_ready(folder):
-        model = AutoModelForCausalLM.from_pretrained(full_model_dir, num_hidden_layers=TEST_LAYERS, dtype="auto")
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(full_model_dir).save_pretrained(folder)
-        (folder / "ready").touch()
+    with FileLock(f"{folder}.lock"):  # two pytest processes share the folder
+        if not demo_model.is_ready(folder):
+            model = AutoModelForCausalLM.from_pretrained(full_model_dir, num_hidden_layers=TEST_LAYERS, dtype="auto")
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(full_model_dir).save_pretrained(folder)
+            (folder / "ready").touch()
     return folder
 
 
@@ -107,6 +109,8 @@ def start_server(model_dir, tmp_path_factory):
     def start(*flags: str, **kwargs) -> Server:
         while running:
             running.pop().stop()
+        if "--enable-metrics" in flags:  # else gauges of an idle server may be half a minute old
+            flags += ("--decode-log-interval", "1")
         server = Server(model_dir, flags, log=tmp_path_factory.mktemp("server") / "server.log", **kwargs)
         running.append(server)
         return server

@@ -3,7 +3,6 @@
 float32, because plain SGLang itself flips near ties in bf16 when other requests happen to share a batch.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -43,10 +42,9 @@ def outputs(turns: list[tuple[dict, dict]]) -> list[list[list[int]]]:
     return [[response["output_ids"] for response in pair] for pair in turns]
 
 
-@pytest.fixture(scope="session")
-def model_dir(model_dir, full_model_dir):
-    """All layers; with ``METASOFT_FIRST_LAYERS=1`` the first, for a version that is checked beside the main one."""
-    return model_dir if os.environ.get("METASOFT_FIRST_LAYERS") == "1" else full_model_dir
+@pytest.fixture(scope="module", params=["first layers", pytest.param("all layers", marks=pytest.mark.slow)])
+def model_dir(request, model_dir, full_model_dir):
+    return full_model_dir if request.param == "all layers" else model_dir
 
 
 @pytest.fixture(scope="module")

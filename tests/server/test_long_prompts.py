@@ -91,6 +91,10 @@ def test_the_output_is_held_to_what_the_compressed_prompt_leaves(server, long_id
     assert_pool_is_whole(server, POOL_TOKENS)
 
 
+# Of the last attempt: where it starts again beside the others, it may find no slots before the fault strikes.
+REASONS = ("fault", "no_free_slots")
+
+
 @pytest.fixture(scope="module")
 def faulty_server(start_server):
     """A request named ``inside-probe...`` is never compressed, though it was let in at its compressed size."""
@@ -127,9 +131,11 @@ def test_a_prompt_that_stays_raw_halfway_waits_for_others(faulty_server, documen
         assert [other.result() for other in others] == [320] * 5
     if is_served:
         assert response.status_code == 200, response.text
-        assert metasoft(response.json())["bypass"] == "fault"
+        assert metasoft(response.json())["bypass"] in REASONS
         assert response.json()["meta_info"]["completion_tokens"] == 8
     else:
-        assert response.status_code == 503 and "could not be compressed (fault)" in response.text, response.text
+        assert response.status_code == 503, response.text
+        assert any(f"could not be compressed ({reason})" in response.text for reason in REASONS), response.text
+    assert inside_lines(faulty_server, "fault"), "no fault was injected"
     assert_sound_inside(faulty_server, before)
     assert_pool_is_whole(faulty_server, POOL_TOKENS, expects_faults=True)

@@ -8,6 +8,10 @@ SGLANG := 0.5.23
 OTHERS := 0.5.17
 MODEL := .demo/SmolLM2-135M-Instruct/ready
 
+# Two files of tests at a time, each on one thread, where no GPU is shared; `make test WORKERS=0` takes one after the other.
+WORKERS ?= $(if $(shell command -v nvidia-smi),0,2)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 .PHONY: demo serve tools test test-all test-fast gpu-test gpu-pack bench-memory soak eval train-demo lint docs clean
 .PHONY: $(OTHERS:%=test-%) $(OTHERS:%=test-%-identity)
 
@@ -18,7 +22,7 @@ serve: $(MODEL)
 	$(BIN)/sglang-metasoft serve-demo
 
 test: $(MODEL) tools
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(MODEL) tools
 	$(BIN)/python -m pip install --disable-pip-version-check -q sglang-router==0.3.2
@@ -35,10 +39,10 @@ test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not server"
 
 $(OTHERS:%=test-%): test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 $(OTHERS:%=test-%-identity): test-%-identity: .venv-%/.installed
-	.venv-$*/bin/python -m pytest -m "not slow" tests/contract tests/server/test_identity.py
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "not slow" tests/contract tests/server/test_identity.py
 
 bench-memory: $(MODEL)
 	$(BIN)/python benchmarks/memory.py --plot docs/memory.png

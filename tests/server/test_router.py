@@ -35,8 +35,9 @@ def router(model_dir, tmp_path_factory):
         stack.callback(process.terminate)
         url = f"http://127.0.0.1:{port}"
         for _ in range(120):
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(f"{url}/health", timeout=5).status_code == 200:
+            with contextlib.suppress(requests.RequestException, KeyError):
+                workers = requests.get(f"{url}/workers", timeout=5).json()["workers"]  # it is up before they are known
+                if sum(worker["is_healthy"] for worker in workers) == 2:
                     break
             assert process.poll() is None, (folder / "router.log").read_text()
             time.sleep(1)

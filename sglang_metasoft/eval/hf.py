@@ -6,7 +6,6 @@ decode as one batch.
 """
 
 import dataclasses
-import inspect
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
 
 ORACLE = "oracle"
-NEEDS_LAYER = "layer" in inspect.signature(compress_layer).parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +56,7 @@ class Compressor:
         method_class = Oracle if is_oracle else load_method(spec.name)
         self.spec, self.model = spec, model
         self.method = method_class(self.config, model.shape, model.embed, model.device)
-        if hasattr(self.method, "prepare"):
-            self.method.prepare(model)
+        self.method.prepare(model)
 
     def compress(
         self, entries: list[LayerKV], ids: list[int], plans: list[Plan], answer_ids: list[int]
@@ -90,9 +87,8 @@ class Compressor:
             pool = LayerPool(entries[layer].key, entries[layer].value, scale, 1.0, 1.0)
             heads = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]
             gate = self.method.gate_scale(layer, 0, self.model.shape.num_kv_heads)
-            number = {"layer": layer} if NEEDS_LAYER else {}
             for job, result in zip(jobs, kept, strict=True):
-                out, _, merged, _ = compress_layer(job, *heads, pool, self.method, self.config, gate, **number)
+                out, _, merged, _ = compress_layer(job, *heads, pool, self.method, self.config, gate, layer)
                 result.append(LayerKV(merged.key, merged.value))
             return out.transpose(0, 1)[None]
 

@@ -35,7 +35,7 @@ class LoadedModel:
     def queries(self, ids: torch.Tensor) -> list[torch.Tensor]:
         found = []
 
-        def collect(job, layer, q, k, v, pool):
+        def collect(layer, q, k, v, pool):
             found.append(q.clone())
             out, _ = attend(q, pool.key, pool.value, job.context_slots, k, v, pool.scale)
             return out

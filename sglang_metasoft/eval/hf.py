@@ -108,8 +108,8 @@ class HFRunner:
 
     Args:
         ratios: above 1; the full cache is always answered too.
-        modes: ``inside`` (first run of the whole prompt), ``repeat`` (its second run, which computes window and first
-            token over the compressed span), ``after`` (question after the compressed document).
+        modes: ``inside`` (first run of the whole prompt), ``repeat`` (its second run, whose last token is computed over
+            the compressed span and the first run's window), ``after`` (question after the compressed document).
     """
 
     def __init__(self, model: HFModel, specs: list[MethodSpec], ratios: list[float], modes: list[str], store: Store):
@@ -177,13 +177,15 @@ class HFRunner:
                 labels += [(compressor.spec.label, ratio) for ratio in plans]
         if not rows:
             return
-        if mode == "inside":
-            tails = [LayerKV(kv.key[cut:], kv.value[cut:]) for kv in prefilled.layers]
+        if mode != "after":
+            # A repeat finds the first run's window in the tree: its last token alone is computed anew.
+            end = len(prompt.ids) - (mode == "repeat")
+            tails = [LayerKV(kv.key[cut:end], kv.value[cut:end]) for kv in prefilled.layers]
             rows = [
                 [LayerKV(torch.cat([a.key, b.key]), torch.cat([a.value, b.value])) for a, b in zip(row, tails)]  # noqa: B905
                 for row in rows
             ]
-            cut = len(prompt.ids)
+            cut = end
         for (label, ratio), row, fields in zip(
             labels, rows, self._continue(case, turn, rows, prompt, cut, prefilled), strict=True
         ):

@@ -64,7 +64,7 @@ train-demo: $(MODEL)
 	$(BIN)/python examples/training_texts.py .train-data
 	$(BIN)/sglang-metasoft eval-data
 	$(BIN)/sglang-metasoft train --model $(dir $(MODEL)) --data .train-data --exclude .eval-data --output .train-run \
-	  --cases 300 --max-prefix-tokens 1000 --repeat-share 0.5 --steps 2300 --selector-steps 100 --answer-weight 2 \
+	  --cases 300 --max-prefix-tokens 1000 --repeat-share 0.5 --steps 1500 --selector-steps 100 --answer-weight 2 \
 	  --validate-every 800
 
 # The environment of `python -m sglang_metasoft.eval.kvpress_runner`: the peers' own code.

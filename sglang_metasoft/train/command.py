@@ -25,6 +25,7 @@ HELP = {
     "orthogonality": "weight of the penalty on the library",
     "lost_weight": "weight of the attention lost at a cut, beside the divergence",
     "answer_weight": "weight of the change in answers under a soft cut; 0: attention maps alone",
+    "gate": "scale of the consolidation's gate in the compressor, not trained; 1: the paper's",
     "min_prefix_tokens": "shortest prefix",
     "max_prefix_tokens": "longest usual prefix; one in ten has up to three times as many tokens",
     "answer_tokens": "most tokens of an answer",

@@ -29,6 +29,7 @@ class TrainSettings:
     orthogonality: float = 0.05
     lost_weight: float = 1.0  # of the attention lost at a cut, beside the divergence
     answer_weight: float = 1.0  # of the change in the answers' next-token distributions; 0: attention maps alone
+    gate: float = 0.0  # scale of the consolidation's gate, not trained; 1: the paper's, which raised the answers' loss
     min_prefix_tokens: int = 350
     max_prefix_tokens: int = 800
     answer_tokens: int = 48
@@ -48,7 +49,7 @@ class TrainSettings:
         least = dict(
             soft_tokens=1, scorer_width=0, cases=1, steps=1, selector_steps=0, batch=1, min_prefix_tokens=64,
             max_prefix_tokens=self.min_prefix_tokens, answer_tokens=1, window=1, validation_cases=1, validate_every=1,
-            checkpoint_every=1, learning_rate=1e-9, orthogonality=0, lost_weight=0, answer_weight=0,
+            checkpoint_every=1, learning_rate=1e-9, orthogonality=0, lost_weight=0, answer_weight=0, gate=0,
             repeat_share=0,
         )  # fmt: skip
         for name, low in least.items():

@@ -55,7 +55,9 @@ class Trainer:
             return Static.create(self.backbone, s.soft_tokens, s.seed)
         if s.init is not None:
             return Dynamic.load(self.backbone, str(s.init))
-        return Dynamic.create(self.backbone, s.soft_tokens, s.scorer_width, s.seed)
+        student = Dynamic.create(self.backbone, s.soft_tokens, s.scorer_width, s.seed)
+        student.soft.gate_scale.data.fill_(s.gate)
+        return student
 
     def _groups(self) -> list[dict]:
         rate = self.settings.learning_rate

@@ -333,9 +333,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", action="store_true", help="let every stage of the compression fail now and then")
     parser.add_argument("--flags", default=FLAGS, help=f"further flags of the server; default: {FLAGS}")
+    parser.add_argument("--model", type=Path, help="default: the demo model")
     parser.add_argument("--log", type=Path, default=None, help="file for the server's output")
     args = parser.parse_args()
-    model = demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct")
+    model = args.model or demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct")
     document = (Path(demo_model.__file__).parent / "document.txt").read_text()
     document_ids = AutoTokenizer.from_pretrained(model)(document)["input_ids"]
     log = args.log or Path(tempfile.mkdtemp()) / "server.log"

@@ -44,6 +44,8 @@ def main(argv: list[str]) -> int:
         from sglang_metasoft.demo import model as demo_model
 
         args.model_path = demo_model.prepare(Path(".demo") / "SmolLM2-135M-Instruct")
+    if Path(args.model_path).is_dir():  # the client runs in a folder of its own
+        args.model_path = Path(args.model_path).resolve()
     try:
         result = run_all(
             args.model_path, size, args.pool, args.workload, args.metasoft.split(), args.flags,

@@ -10,7 +10,7 @@ MODEL := .demo/SmolLM2-135M-Instruct/ready
 
 # Two files of tests at a time, each on one thread, where no GPU is shared; `make test WORKERS=0` takes one after the other.
 WORKERS ?= $(if $(shell command -v nvidia-smi),0,2)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+TWO_AT_A_TIME := -n $(WORKERS) --dist loadfile
 
 .PHONY: demo serve tools test test-all test-fast gpu-test gpu-pack bench-memory soak eval train-demo lint docs clean
 .PHONY: $(OTHERS:%=test-%) $(OTHERS:%=test-%-identity)
@@ -22,7 +22,7 @@ serve: $(MODEL)
 	$(BIN)/sglang-metasoft serve-demo
 
 test: $(MODEL) tools
-	$(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not slow"
 
 test-all: $(MODEL) tools
 	$(BIN)/python -m pip install --disable-pip-version-check -q sglang-router==0.3.2
@@ -39,7 +39,7 @@ test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not server"
 
 $(OTHERS:%=test-%): test-%: .venv-%/.installed
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(TWO_AT_A_TIME) -m "not slow"
 
 $(OTHERS:%=test-%-identity): test-%-identity: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "not slow" tests/contract tests/server/test_identity.py
@@ -59,7 +59,7 @@ eval: $(MODEL)
 	  --modes inside after --cases 5 --output .eval-results/ruler.jsonl
 	$(BIN)/sglang-metasoft eval-report .eval-results/ruler.jsonl --output .eval-results
 
-# The shipped compressor of the demo model: two hours on one CPU core. Static soft tokens to compare: --method judge_q.
+# The longer training of docs/training.md, whose compressor is not the shipped one: two hours on one CPU core.
 train-demo: $(MODEL)
 	$(BIN)/python examples/training_texts.py .train-data
 	$(BIN)/sglang-metasoft eval-data

@@ -26,6 +26,8 @@ COUNTERS = {
 }
 LATENCIES = ("ttft", "itl", "e2e_latency")
 SYSTEMS = ("plain", "metasoft")
+# A server writes its gauges every 40 decode steps; short outputs end before that.
+OBSERVED = ["--enable-metrics", "--decode-log-interval", "1"]
 
 
 class BenchFailed(RuntimeError):
@@ -64,7 +66,7 @@ def run_all(
         pool_tokens = size.pool_tokens(pool)
         for system in SYSTEMS:
             own = ["--enable-metasoft", *metasoft_flags] if system == "metasoft" else []
-            flags = ["--enable-metrics", "--max-total-tokens", str(pool_tokens), *server_flags, *own]
+            flags = [*OBSERVED, "--max-total-tokens", str(pool_tokens), *server_flags, *own]
             say(f"{pool} pool, {system}: starting")
             with (
                 tempfile.TemporaryDirectory() as scratch,

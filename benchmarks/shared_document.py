@@ -73,12 +73,16 @@ def ask_all(server: Server, prompts: list[list[int]], answers: list[str], shared
     }
 
 
-def score(plain: Server, prompts: list[list[int]], outputs: list[list[int]]) -> float:
-    """Mean log-probability per token that plain SGLang gives to answers."""
+def score(plain: Server, prompts: list[list[int]], outputs: list[list[int]], known: dict[tuple, list[float]]) -> float:
+    """Mean log-probability per token that plain SGLang gives to answers, those ``known`` not asked again."""
     total = []
     for prompt, output in zip(prompts, outputs, strict=True):
-        response = plain.generate(prompt + output, 1, return_logprob=True, logprob_start_len=len(prompt))
-        total += [value for value, *_ in response["meta_info"]["input_token_logprobs"] if value is not None]
+        asked = (*prompt, *output)
+        if asked not in known:
+            response = plain.generate(list(asked), 1, return_logprob=True, logprob_start_len=len(prompt))
+            values = [value for value, *_ in response["meta_info"]["input_token_logprobs"]]
+            known[asked] = [value for value in values if value is not None]
+        total += known[asked]
     return round(sum(total) / len(total), 3)
 
 
@@ -103,8 +107,9 @@ def main() -> None:
                 result = results[f"{name}, {way}"] = ask_all(server, prompts, answers, shared, salted)
                 print(f"{name}, {way}:", json.dumps(result), flush=True)
             if name == "plain":
+                known: dict[tuple, list[float]] = {}
                 for way, result in results.items():
-                    result["score"] = score(server, prompts, result["output_ids"])
+                    result["score"] = score(server, prompts, result["output_ids"], known)
                     print(f"score of {way}: {result['score']}", flush=True)
     if args.output:
         args.output.write_text(json.dumps(results, indent=2) + "\n")

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 SLACK_TOKENS = 8  # SGLang admits a request only if more than its tokens and a page are free
 SHORT_PROMPT_TOKENS = 128  # below min_tokens: nothing of it is compressed
-RAW_PROMPTS = 4  # that a tight pool holds
+LEAST_RAW_PROMPTS = 4  # that a tight pool holds
 CHAT_TURNS = 3
 
 
@@ -16,8 +16,12 @@ class Size(NamedTuple):
     requests: int
 
     def pool_tokens(self, pool: str) -> int:
-        """A tight pool holds four raw requests, an ample one all of them twice."""
-        held = RAW_PROMPTS if pool == "tight" else 2 * self.requests
+        """A tight pool holds a quarter of the requests raw, four at least; an ample one all of them twice.
+
+        Outputs are not compressed and requests come whole, so four raw ones leave room for fifteen at ratio 4, not
+        sixteen; the more requests, the closer to four times as many.
+        """
+        held = max(self.requests // 4, LEAST_RAW_PROMPTS) if pool == "tight" else 2 * self.requests
         return held * (self.prompt_tokens + self.output_tokens + SLACK_TOKENS)
 
 

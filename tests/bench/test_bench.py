@@ -29,6 +29,7 @@ def test_bad_arguments_are_named(size, pools, workloads, words):
 
 def test_a_pool_is_as_tight_as_it_says():
     assert SIZE.pool_tokens("tight") // (600 + 4) == 4
+    assert SIZE._replace(requests=64).pool_tokens("tight") // (600 + 4) == 16
     assert SIZE.pool_tokens("ample") >= 2 * 4 * (600 + 4)
 
 

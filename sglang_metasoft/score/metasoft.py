@@ -26,6 +26,8 @@ class MetaSoft(Method):
             self.soft_tokens = SoftTokens.untrained(shape, config.soft_tokens, embed, device)
         else:
             self.soft_tokens = SoftTokens.load(config.path, shape, embed, device)
+            if not self.soft_tokens.gate_scale.any():  # nothing would flow: spare the routing
+                self.default_consolidation = "none"
 
     @property
     def identity(self) -> str:
@@ -38,7 +40,8 @@ class MetaSoft(Method):
     @property
     def description(self) -> str:
         kind = "untrained" if self.config.path is None else f"trained ({self.config.path})"
-        return f"{self.soft_tokens.count} {kind} soft tokens"
+        consolidation = self.config.consolidation or self.default_consolidation
+        return f"{self.soft_tokens.count} {kind} soft tokens, consolidation {consolidation}"
 
     def probe(self, prompt: Prompt) -> Probe:
         mode = int(prompt.tail_ids.numel() == 0)

@@ -292,3 +292,22 @@ def test_methods_that_compare_heads_refuse_tensor_parallelism(name):
 def test_judge_q_needs_a_path():
     with pytest.raises(ValueError, match="judge_q.*--metasoft-path"):
         load_method("judge_q").check(MetaSoftConfig(method="judge_q"), SHAPE, 1)
+
+
+@pytest.mark.parametrize(("gate", "expected"), [(0.0, "none"), (0.5, "attention_flow")])
+def test_a_compressor_whose_gate_is_shut_spares_the_routing(gate, expected, tmp_path):
+    soft_tokens = make_method("metasoft").soft_tokens
+    soft_tokens.gate_scale.data.fill_(gate)
+    soft_tokens.save(tmp_path, SHAPE)
+    method = make_method("metasoft", path=str(tmp_path))
+    assert method.default_consolidation == expected and expected in method.description
+    probe = method.probe(make_prompt())
+    q, k, v = make_tensors(probe.embeds.shape[0])
+    for consolidation, is_same in ((None, True), ("attention_flow", True), ("none", gate == 0)):
+        config = MetaSoftConfig(path=str(tmp_path), consolidation=consolidation)
+        _, _, merged, _ = compress_layer(
+            make_job(probe), q, k, v, make_pool(), method, config, method.gate_scale(1, 0, 3), 1
+        )
+        if consolidation is None:
+            first = merged.value
+        assert torch.equal(merged.value, first) is is_same

@@ -19,6 +19,7 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """SGLang on plain torch operations: no kernel library, no graph capture, no pinned memory."""
 
     _enum = PlatformEnum.OOT
+    _binding: str | None = None  # what this process set
 
     def apply_server_args_defaults(self, server_args) -> None:
         """Fill in what the user left open: a KV pool that fits a laptop, a type that is fast here, torch sampling."""
@@ -33,10 +34,20 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.dtype = "float32"
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
-        ranks = server_args.tp_size * server_args.dp_size * server_args.pp_size
-        if ranks > 1:
-            # SGLang gives each rank a NUMA node of its own and refuses more ranks than nodes.
-            os.environ.setdefault(THREAD_BINDING, spread_cores(sorted(os.sched_getaffinity(0)), ranks))
+        self.bind_threads(server_args.tp_size * server_args.dp_size * server_args.pp_size)
+
+    def bind_threads(self, ranks: int) -> None:
+        """Share the cores out, unless the user did: SGLang gives each rank a NUMA node and refuses more ranks.
+
+        What an earlier engine in this process got is replaced: SGLang refuses a binding for another number of ranks.
+        """
+        if os.environ.get(THREAD_BINDING) != self._binding:
+            return
+        self._binding = spread_cores(sorted(os.sched_getaffinity(0)), ranks) if ranks > 1 else None
+        if self._binding is None:
+            os.environ.pop(THREAD_BINDING, None)
+        else:
+            os.environ[THREAD_BINDING] = self._binding
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"

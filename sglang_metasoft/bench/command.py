@@ -32,6 +32,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--requests", type=int, default=default.requests)
     parser.add_argument("--pool", nargs="+", default=list(POOLS), metavar="POOL", help=f"of {', '.join(POOLS)}")
     parser.add_argument("--workload", nargs="+", default=list(WORKLOADS), metavar="WORKLOAD", help="default: all")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="measure all this often; the table has medians (default: 1)"
+    )
     parser.add_argument("--output", type=Path, default=Path("bench"), help="folder for the results (default: bench)")
     parser.add_argument(
         "--metasoft", default="--metasoft-during-prefill", help="flags of the compressing server (one string)"
@@ -48,7 +51,7 @@ def main(argv: list[str]) -> int:
         args.model_path = Path(args.model_path).resolve()
     try:
         result = run_all(
-            args.model_path, size, args.pool, args.workload, args.metasoft.split(), args.flags,
+            args.model_path, size, args.pool, args.workload, args.metasoft.split(), args.flags, args.rounds,
             say=lambda line: print(line, flush=True),
         )  # fmt: skip
     except (BenchFailed, ServerFailed) as error:

@@ -1,22 +1,47 @@
 """Tables and plots of a benchmark's result."""
 
+import statistics
 from pathlib import Path
 
 COLOURS = {"plain": "#8a8a8a", "metasoft": "#1668a8"}
 
 
 def pairs(result: dict) -> list[tuple[dict, dict]]:
-    """``(plain, metasoft)`` records of each pool and workload."""
-    found: dict[tuple[str, str], dict[str, dict]] = {}
+    """``(plain, metasoft)`` records of each pool and workload: medians over the rounds, the series of the first."""
+    found: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for record in result["results"]:
-        found.setdefault((record["pool"], record["workload"]), {})[record["system"]] = record
-    return [(pair["plain"], pair["metasoft"]) for pair in found.values() if len(pair) == 2]
+        found.setdefault((record["pool"], record["workload"]), {}).setdefault(record["system"], []).append(record)
+    return [
+        (_middle(pair["plain"]), _middle(pair["metasoft"]))
+        for pair in found.values()
+        if len(pair) == 2  # the twin was measured
+    ]
+
+
+def _middle(rounds: list[dict]) -> dict:
+    """The first round's record with the median of every figure; ``tokens_per_second`` has each round's."""
+    rounds = sorted(rounds, key=lambda record: record.get("round", 0))
+    middle = {
+        key: statistics.median(record[key] for record in rounds)
+        for key, value in rounds[0].items()
+        if isinstance(value, int | float)
+    }
+    return rounds[0] | middle | {"tokens_per_second": [record["output_tokens_per_second"] for record in rounds]}
 
 
 def ratio(pair: tuple[dict, dict], key: str) -> float | None:
     """What the compressing server measured over what the plain one did; None if that was nothing."""
     plain, metasoft = pair
     return metasoft[key] / plain[key] if plain[key] else None
+
+
+def spread(pair: tuple[dict, dict]) -> str:
+    """The least and the greatest ratio of tokens/s within a round; empty for a single round."""
+    plain, metasoft = (record["tokens_per_second"] for record in pair)
+    if min(len(plain), len(metasoft)) < 2 or not all(plain):
+        return ""
+    ratios = [after / before for before, after in zip(plain, metasoft, strict=False)]
+    return f", {min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def table(result: dict) -> str:
@@ -37,9 +62,9 @@ def table(result: dict) -> str:
         cells = [
             plain["pool"],
             plain["workload"],
-            f"{plain['peak_running']} → {metasoft['peak_running']}{_times(ratio(pair, 'peak_running'))}",
+            f"{plain['peak_running']:.0f} → {metasoft['peak_running']:.0f}{_times(ratio(pair, 'peak_running'))}",
             f"{plain['output_tokens_per_second']:.1f} → {metasoft['output_tokens_per_second']:.1f}"
-            f"{_times(ratio(pair, 'output_tokens_per_second'))}",
+            f"{_times(ratio(pair, 'output_tokens_per_second'), spread(pair))}",
             *(
                 f"{plain[key]:.0f} → {metasoft[key]:.0f} ms"
                 for key in ("ttft_median_ms", "itl_median_ms", "itl_p99_ms")
@@ -51,8 +76,8 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _times(factor: float | None) -> str:
-    return "" if factor is None else f" (**{factor:.2f}×**)"
+def _times(factor: float | None, spread: str = "") -> str:
+    return "" if factor is None else f" (**{factor:.2f}×**{spread})"
 
 
 def plot(result: dict, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs every workload against both servers and writes what was measured."""
 
+import itertools
 import json
 import platform
 import subprocess
@@ -41,9 +42,10 @@ def run_all(
     workloads: list[str],
     metasoft_flags: list[str],
     server_flags: list[str],
+    rounds: int = 1,
     say: Callable[[str], None] = print,
 ) -> dict:
-    """Start each server once a pool, drive it with each workload.
+    """Start each server once a pool and round, drive it with each workload.
 
     Args:
         model: model directory or hub id.
@@ -51,45 +53,51 @@ def run_all(
         pools, workloads: names of :data:`POOLS` and :data:`WORKLOADS`.
         metasoft_flags: of the compressing server alone, without ``--enable-metasoft``.
         server_flags: of both servers.
+        rounds: how often all is measured; every second time in reverse order of the servers, so that what drifts on
+            a shared machine meets both.
         say: progress, a line at a time.
 
     Returns:
-        ``{"machine": …, "results": [record, …]}``; a record has ``pool``, ``workload``, ``system`` and figures.
+        ``{"machine": …, "results": [record, …]}``; a record has ``pool``, ``workload``, ``system``, ``round``
+        and figures.
 
     Raises:
         ValueError: an unknown pool or workload, or a size that cannot be.
         BenchFailed, ServerFailed: something did not run.
     """
-    check(size, pools, workloads)
+    check(size, pools, workloads, rounds)
     results = []
-    for pool in pools:
+    for pool, turn in itertools.product(pools, range(rounds)):
         pool_tokens = size.pool_tokens(pool)
-        for system in SYSTEMS:
+        for system in SYSTEMS[:: -1 if turn % 2 else 1]:
             own = ["--enable-metasoft", *metasoft_flags] if system == "metasoft" else []
             flags = [*OBSERVED, "--max-total-tokens", str(pool_tokens), *server_flags, *own]
-            say(f"{pool} pool, {system}: starting")
+            label = f"{pool} pool, {system}" + (f", round {turn + 1} of {rounds}" if rounds > 1 else "")
+            say(f"{label}: starting")
             with (
                 tempfile.TemporaryDirectory() as scratch,
                 Server(model, flags, log=Path(scratch) / "server.log") as server,
             ):
                 for name in workloads:
                     record = drive(server, model, name, size, Path(scratch))
-                    results.append({"pool": pool, "pool_tokens": pool_tokens, "system": system} | record)
+                    where = {"pool": pool, "pool_tokens": pool_tokens, "system": system, "round": turn}
+                    results.append(where | record)
                     say(
-                        f"{pool} pool, {system}, {name}: {record['peak_running']} at once, "
+                        f"{label}, {name}: {record['peak_running']} at once, "
                         f"{record['output_tokens_per_second']:.1f} tokens/s"
                     )
     return {"machine": describe_machine(), "model": str(model), "size": size._asdict(), "results": results}
 
 
-def check(size: Size, pools: list[str], workloads: list[str]) -> None:
+def check(size: Size, pools: list[str], workloads: list[str], rounds: int = 1) -> None:
     """Raise ValueError, naming the value and the allowed ones, unless all this can be run."""
     for what, given, allowed in (("pool", pools, POOLS), ("workload", workloads, tuple(WORKLOADS))):
         for name in given:
             if name not in allowed:
                 raise ValueError(f"bench: {what} {shown(name)} is not allowed; allowed: {', '.join(allowed)}")
-    for name, least in (("prompt_tokens", 64), ("output_tokens", 2), ("requests", 1)):
-        if (value := getattr(size, name)) < least:
+    numbers = size._asdict() | {"rounds": rounds}
+    for name, least in (("prompt_tokens", 64), ("output_tokens", 2), ("requests", 1), ("rounds", 1)):
+        if (value := numbers[name]) < least:
             raise ValueError(f"bench: {name} {value} is not allowed; allowed: an integer >= {least}")
 
 

@@ -71,6 +71,25 @@ def test_the_table_compares_what_belongs_together(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+def test_rounds_are_told_as_medians_with_their_spread():
+    speeds = [("plain", 10.0, 0), ("metasoft", 9.0, 0), ("metasoft", 11.0, 1), ("plain", 20.0, 1), ("plain", 30.0, 2)]
+    speeds.append(("metasoft", 33.0, 2))
+    result = {
+        "machine": {"accelerator": "none", "cpu": "x", "sglang": "0", "torch": "2", "date": "2026-11-24"},
+        "model": "m",
+        "size": SIZE._asdict(),
+        "results": [
+            record(system, peak_running=4, output_tokens_per_second=speed, round=turn) for system, speed, turn in speeds
+        ],
+    }
+    assert "20.0 → 11.0 (**0.55×**, 0.55 to 1.10)" in report.table(result)
+
+
+def test_no_round_is_refused():
+    with pytest.raises(ValueError, match="rounds 0 is not allowed; allowed: an integer >= 1"):
+        check(SIZE, ["tight"], ["one-by-one"], rounds=0)
+
+
 def test_a_wrong_workload_ends_the_command_before_anything_starts(tmp_path):
     with pytest.raises(ValueError, match="workload 'x'"):
         main(["--model-path", "nowhere", "--workload", "x", "--output", str(tmp_path)])

@@ -67,14 +67,10 @@ class Kept:
         self.entries: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.masks: list[tuple | None] = []
 
-    def cache(self, model) -> DynamicCache:
-        """A cache of its own, and the masks put where kvpress looks for them."""
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self.entries):
-            cache.update(keys, values, layer)
-        for layer, mask in zip(model.model.layers, self.masks, strict=True):
-            layer.self_attn.masked_key_indices = mask
-        return cache
+    @property
+    def shape(self) -> tuple:
+        """What caches that decode as one batch have in common: entries of each layer, and whether some are masked."""
+        return *(keys.shape[2] for keys, _ in self.entries), any(mask is not None for mask in self.masks)
 
     def entries_per_head(self, num_kv_heads: int) -> float:
         """Mean number of entries that count, over layers and heads."""
@@ -83,6 +79,26 @@ class Kept:
             for (keys, _), mask in zip(self.entries, self.masks, strict=True)
         ]
         return sum(counts) / len(counts)
+
+
+def batched(rows: list[Kept], model) -> DynamicCache:
+    """A cache of its own with a row for each, and the masks put where kvpress looks for them."""
+    cache = DynamicCache()
+    for index, layer in enumerate(model.model.layers):
+        keys, values = (torch.cat(parts) for parts in zip(*(row.entries[index] for row in rows), strict=True))
+        cache.update(keys, values, index)
+        masks = [(row, kept.masks[index]) for row, kept in enumerate(rows) if kept.masks[index] is not None]
+        layer.self_attn.masked_key_indices = (
+            tuple(
+                torch.cat(parts)
+                for parts in zip(
+                    *((torch.full_like(heads, row), heads, places) for row, (_, heads, places) in masks), strict=True
+                )
+            )
+            if masks
+            else None
+        )
+    return cache
 
 
 class Shared(kvpress.BasePress):
@@ -138,15 +154,20 @@ class Runner:
             return
         cut = prompt.boundary_tokens if mode == "after" else prompt.question_end_tokens
         context = torch.tensor([prompt.ids[:cut]])
-        for (name, ratio), kept in self._compress(context, missing):
-            cache = kept.cache(self.model)
-            entries = kept.entries_per_head(self.model.config.num_key_value_heads) + len(prompt.ids) - cut
-            fields = self._continue(case, turn, cache, prompt.ids[cut:], cut)
-            record = make_record(
-                case, turn, mode, f"kvpress/{name}", ratio, prompt_tokens=len(prompt.ids), kv_tokens=round(entries),
-                runner="kvpress", model=Path(self.model.config.name_or_path).name, **fields,
-            )  # fmt: skip
-            self.store.add(record)
+        groups: dict[tuple, list[tuple[tuple[str, float], Kept]]] = {}
+        for label, kept in self._compress(context, missing):
+            groups.setdefault(kept.shape, []).append((label, kept))
+        for group in groups.values():
+            cache = batched([kept for _, kept in group], self.model)
+            texts = self._continue(case, turn, cache, prompt.ids[cut:], cut, len(group))
+            for ((name, ratio), kept), text in zip(group, texts, strict=True):
+                entries = kept.entries_per_head(self.model.config.num_key_value_heads) + len(prompt.ids) - cut
+                record = make_record(
+                    case, turn, mode, f"kvpress/{name}", ratio, prompt_tokens=len(prompt.ids),
+                    kv_tokens=round(entries), runner="kvpress", model=Path(self.model.config.name_or_path).name,
+                    prediction=text,
+                )  # fmt: skip
+                self.store.add(record)
 
     def _compress(self, context: torch.Tensor, wanted: list[tuple[str, float]]):
         layerwise = {}
@@ -193,31 +214,35 @@ class Runner:
             self.model.model(input_ids=context, past_key_values=cache)
         return kept
 
-    def _continue(self, case: Case, turn: int, cache: DynamicCache, ids: list[int], position: int) -> dict:
-        """Run ``ids`` over the cache at logical ``position``, then decode greedily as kvpress' pipeline does."""
-        answer: list[int] = []
+    def _continue(
+        self, case: Case, turn: int, cache: DynamicCache, ids: list[int], position: int, rows: int
+    ) -> list[str]:
+        """Run ``ids`` over each row of the cache at logical ``position``, then decode greedily as kvpress does."""
+        answers: list[list[int]] = [[] for _ in range(rows)]
+        texts, is_over = [""] * rows, [False] * rows
         lengths = {layer.keys.shape[2] for layer in cache.layers}
         if len(lengths) > 1:  # transformers makes one mask for all layers, and none for a single token
             for token in ids[:-1]:
-                self._step([token], position, cache)
+                self._step(torch.tensor([[token]]).expand(rows, -1), position, cache)
                 position += 1
-        feed = ids if len(lengths) == 1 else ids[-1:]
+        feed = torch.tensor([ids if len(lengths) == 1 else ids[-1:]]).expand(rows, -1)
         for _ in range(max(case.max_new_tokens, 1)):
             logits = self._step(feed, position, cache)
-            position += len(feed)
-            feed = [int(logits[-1].argmax())]
-            answer += feed
-            text = self.tokenizer.decode(answer, skip_special_tokens=True)
-            if answer[-1] in self.end_ids or is_settled(case, turn, text):
+            position += feed.shape[1]
+            feed = logits[:, -1].argmax(-1, keepdim=True)
+            for row, token in enumerate(feed[:, 0].tolist()):
+                if not is_over[row]:
+                    answers[row].append(token)
+                    texts[row] = self.tokenizer.decode(answers[row], skip_special_tokens=True)
+                    is_over[row] = token in self.end_ids or is_settled(case, turn, texts[row])
+            if all(is_over):
                 break
-        return {"prediction": text}
+        return texts
 
-    def _step(self, ids: list[int], position: int, cache: DynamicCache) -> torch.Tensor:
-        """``[1, vocabulary]`` logits after ``ids``."""
-        positions = torch.arange(position, position + len(ids))[None]
-        return self.model(
-            input_ids=torch.tensor([ids]), past_key_values=cache, position_ids=positions, logits_to_keep=1
-        ).logits[0]
+    def _step(self, ids: torch.Tensor, position: int, cache: DynamicCache) -> torch.Tensor:
+        """``[rows, 1, vocabulary]`` logits after ``ids`` ``[rows, tokens]``."""
+        positions = torch.arange(position, position + ids.shape[1])[None]
+        return self.model(input_ids=ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
 
 
 def main() -> int:

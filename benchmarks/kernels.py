@@ -1,6 +1,7 @@
 """What one compression costs on a GPU: bytes, flops and time of each stage, against what the hardware can do.
 
     python benchmarks/kernels.py [--model llama-3.1-8b qwen3-8b] [--prompt-tokens 4096 32768 131072] [--ratio 4 8]
+                                 [--band 4096]
 
 Bytes and flops are counted from shapes: what a stage must at least read, write and multiply. On a GPU each stage is
 timed, and so are a copy, a bf16 product and this prompt's prefill (attention by FlashInfer, or by torch where that is
@@ -24,6 +25,8 @@ from metasoft_kernels.route import fused as route_kernels
 from metasoft_kernels.score import fused as score_kernels
 from metasoft_kernels.select import fused as select_kernels
 from metasoft_kernels.select import naive as select_naive
+
+from sglang_metasoft.config import MetaSoftConfig
 
 WINDOW, SINK, TARGETS, SOFT_TOKENS = 64, 4, 4, 32
 ENTRY_BYTES = 2  # bf16
@@ -59,8 +62,8 @@ class Cost(NamedTuple):
     flops: float = 0.0
 
 
-def count(model: Model, tokens: int, ratio: int) -> dict[str, Cost]:
-    """Each stage's cost for one layer of one prompt, in order."""
+def count(model: Model, tokens: int, ratio: int, band: int) -> dict[str, Cost]:
+    """Each stage's cost for one layer of one prompt, in order; routing compares with ``band`` kept entries."""
     span = tokens - WINDOW
     kept = -(-tokens // ratio) - WINDOW
     dropped = span - kept
@@ -71,7 +74,7 @@ def count(model: Model, tokens: int, ratio: int) -> dict[str, Cost]:
         "probe": Cost(2 * tokens * entry, 4 * tokens * rows * d),
         "score": Cost(span * entry + 4 * span * groups, 2 * span * rows * d),
         "select": Cost(5 * 4 * span * groups + 4 * span * groups),
-        "route": Cost((dropped + kept) * entry + 8 * pairs, 2 * dropped * kept * groups * d),
+        "route": Cost((dropped + kept) * entry + 8 * pairs, 2 * dropped * min(band, kept) * groups * d),
         # Sort by key (4 bytes) with its place (8 bytes), each read and written once per 8 of 32 bits; then each V once.
         "merge": Cost(pairs * 12 * 2 * 4 + pairs * 8 + (dropped + 2 * kept) * entry, 2 * pairs * d),
         "move": Cost(4 * kept * entry),
@@ -113,7 +116,7 @@ def measure_device() -> Cost:
     return Cost(2 * source.numel() * 2 / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3)
 
 
-def measure_stages(model: Model, tokens: int, ratio: int) -> dict[str, float]:
+def measure_stages(model: Model, tokens: int, ratio: int, band: int) -> dict[str, float]:
     """Milliseconds of each stage for one layer of one prompt whose slots are scattered over the pool."""
     device, dtype = torch.device("cuda"), torch.bfloat16
     heads, groups, d = model.heads, model.groups, model.head_dim
@@ -134,7 +137,7 @@ def measure_stages(model: Model, tokens: int, ratio: int) -> dict[str, float]:
     score = (q, key, span_slots, lse, probe, span, scale)
     mass = score_kernels.importance(*score)
     kept_rows, dropped_rows = select_kernels.split_top(mass, sinks, span, kept, dropped)
-    route = (key, span_slots, kept_rows, dropped_rows, kept, dropped, TARGETS, scale, dtype)
+    route = (key, span_slots, kept_rows, dropped_rows, kept, dropped, TARGETS, scale, dtype, band)
     target, weight = route_kernels.route(*route)
     merge = (value, span_slots, mass, kept_rows, dropped_rows, target, weight, kept, gate, 1.0, dtype)
     merged, _ = merge_kernels.attention_flow(*merge)
@@ -191,13 +194,13 @@ def measure_prefill(model: Model, tokens: int) -> float:
     return total + milliseconds(lambda: attend(q, k, v, is_causal=True, enable_gqa=True), 5)
 
 
-def report(name: str, tokens: int, ratio: int, device: Cost | None) -> dict:
+def report(name: str, tokens: int, ratio: int, band: int, device: Cost | None) -> dict:
     """One configuration; shares are of what the device was measured, or is said, to do."""
     model = MODELS[name]
-    costs = count(model, tokens, ratio)
+    costs = count(model, tokens, ratio, band)
     peak = device or Cost(H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND)
     floors = {stage: 1e3 * max(cost.bytes / peak.bytes, cost.flops / peak.flops) for stage, cost in costs.items()}
-    times = measure_stages(model, tokens, ratio) if device else floors
+    times = measure_stages(model, tokens, ratio, band) if device else floors
     prefill_ms = measure_prefill(model, tokens) if device else 1e3 * sum(prefill_flops(model, tokens)) / peak.flops
     # The probe tokens pass through the weights too: bound by reading them once.
     body_ms = 1e3 * max(model.layer_weights * ENTRY_BYTES / peak.bytes, probe_flops(model) / peak.flops)
@@ -213,7 +216,8 @@ def report(name: str, tokens: int, ratio: int, device: Cost | None) -> dict:
     whole_ms = sum(times[stage] for stage in costs)
     return {
         "times": "measured" if device else "PROJECTED from nominal H200 peaks, nothing was run",
-        "model": name, "prompt_tokens": tokens, "ratio": ratio, "stages_of_a_layer": stages,
+        "model": name, "prompt_tokens": tokens, "ratio": ratio, "band": band,
+        "stages_of_a_layer": stages,
         "others_microseconds": {key: round(1e3 * value, 1) for key, value in times.items() if key not in costs},
         "compression_ms": round(model.layers * (whole_ms + body_ms), 2),
         "prefill_ms": round(model.layers * prefill_ms, 1),
@@ -228,6 +232,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[4096, 32_768, 131_072])
     parser.add_argument("--ratio", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--band", type=int, default=MetaSoftConfig().route_band, help="route_band; default: its own")
     args = parser.parse_args()
     device = measure_device() if torch.cuda.is_available() else None
     about = {"device": torch.cuda.get_device_name() if device else "none", "date": time.strftime("%Y-%m-%d")}
@@ -237,7 +242,7 @@ def main() -> None:
     for name in args.model:
         for tokens in args.prompt_tokens:
             for ratio in args.ratio:
-                print(json.dumps(report(name, tokens, ratio, device)), flush=True)
+                print(json.dumps(report(name, tokens, ratio, args.band, device)), flush=True)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ class FusedBatch:
             torch.cat(parts) for parts in zip(*(job[2:] for job in jobs), strict=True)
         )
         consolidation = config.consolidation or method.default_consolidation
-        self.targets = min(config.route_targets, self.kept.longest) if consolidation == "attention_flow" else 0
+        targets = min(config.route_targets, config.route_band, self.kept.longest)
+        self.targets = targets if consolidation == "attention_flow" else 0
 
     def compress(
         self,
@@ -98,7 +99,7 @@ class FusedBatch:
             if is_merged:
                 target, weight = route(
                     pool.key, self.span_slots, kept_rows, dropped_rows, self.kept, self.dropped, self.targets,
-                    pool.scale * pool.key_scale**2, q.dtype,
+                    pool.scale * pool.key_scale**2, q.dtype, self.config.route_band,
                 )  # fmt: skip
         values, is_finite = None, None
         if is_merged:

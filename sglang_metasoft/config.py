@@ -46,6 +46,10 @@ def _is_ratio(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < NUMBER_LIMIT
 
 
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 def _is_int_from(low: int, below: float = math.inf) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value < below
 
@@ -156,6 +160,20 @@ class MetaSoftConfig:
         allowed="an integer from 1 to 64",
         check=lambda value: _is_int_from(1)(value) and value <= 64,
         help="Kept entries that each dropped entry flows into (m).",
+    )
+    route_band: int = _setting(
+        4096,
+        flag=None,
+        allowed="an integer >= 1",
+        check=_is_int_from(1),
+        help="Kept entries, the nearest in position, among which a dropped one finds those that it flows into.",
+    )
+    gate_scale: float | None = _setting(
+        None,
+        flag=None,
+        allowed="a number from 0 to 1",
+        check=_or_none(_is_share),
+        help="Factor on the attention flow's gate in every layer and head. Default: the method's own.",
     )
     pool_kernel: int = _setting(
         5,

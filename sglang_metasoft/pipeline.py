@@ -62,7 +62,7 @@ def compress_layer(
     with clock("route"):
         keys = _read(pool.key, job.span_slots, pool.key_scale, q.dtype)
         values = _read(pool.value, job.span_slots, pool.value_scale, q.dtype)
-        routes = choose_routes(job.plan, scores, keys, targets, pool.scale, config.kernels)
+        routes = choose_routes(job.plan, scores, keys, targets, pool.scale, config.kernels, config.route_band)
     with clock("merge"):
         merged = consolidate(consolidation, view, keys, values, scores, routes, gate_scale, config.kernels)
     finite_values = merged.value.isfinite()

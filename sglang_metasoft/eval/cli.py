@@ -27,7 +27,7 @@ def eval_hf(argv: list[str]) -> int:
     parser = _parser("eval-hf", "The same in process, many methods over one prefill.")
     parser.add_argument("--model", required=True, help="folder or hub id of a Hugging Face causal LM")
     parser.add_argument(
-        "--methods", nargs="*", default=[], metavar="NAME[+CONSOLIDATION][@PATH]",
+        "--methods", nargs="*", default=[], metavar="NAME[+CONSOLIDATION][:SETTING=VALUE,...][@PATH]",
         help="methods of --metasoft-method, and oracle: entries ranked by the true answer's attention",
     )  # fmt: skip
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -6,13 +6,15 @@ decode as one batch.
 """
 
 import dataclasses
+import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.config import MetaSoftConfig, read_config_json
 from sglang_metasoft.eval.case import Case, Rendered, render
 from sglang_metasoft.eval.hf_model import Batch, HFModel, LayerKV, Prefilled, generate
 from sglang_metasoft.eval.metrics import PERPLEXITY
@@ -28,18 +30,30 @@ ORACLE = "oracle"
 
 @dataclasses.dataclass(frozen=True)
 class MethodSpec:
-    """A method as the command line names it: ``NAME[+CONSOLIDATION][@PATH]``."""
+    """A method as the command line names it: ``NAME[+CONSOLIDATION][:SETTING=VALUE,...][@PATH]``.
+
+    Settings are those of ``--metasoft-config``, their values JSON.
+
+    Raises:
+        ValueError: an unknown setting or a value out of its range.
+    """
 
     label: str
     name: str
     consolidation: str | None = None
     path: str | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> "MethodSpec":
         head, _, path = text.partition("@")
+        head, _, pairs = head.partition(":")
         name, _, consolidation = head.partition("+")
-        return cls(text, name, consolidation or None, path or None)
+        settings = {}
+        for pair in pairs.split(",") if pairs else ():
+            key, _, value = pair.partition("=")
+            settings |= read_config_json(f"{{{json.dumps(key)}: {value}}}")
+        return cls(text, name, consolidation or None, path or None, settings)
 
 
 class Compressor:
@@ -51,7 +65,7 @@ class Compressor:
 
     def __init__(self, model: HFModel, spec: MethodSpec) -> None:
         is_oracle = spec.name == ORACLE
-        settings = {"consolidation": spec.consolidation, "path": spec.path}
+        settings = {"consolidation": spec.consolidation, "path": spec.path, **spec.settings}
         self.config = MetaSoftConfig(**settings) if is_oracle else MetaSoftConfig(method=spec.name, **settings)
         method_class = Oracle if is_oracle else load_method(spec.name)
         self.spec, self.model = spec, model

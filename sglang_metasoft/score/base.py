@@ -119,4 +119,4 @@ class Method:
 
     def gate_scale(self, layer: int, first_kv_head: int, num_kv_heads: int) -> torch.Tensor | float:
         """Factor on the consolidation gate at ``layer`` for a rank's KV heads: a number or ``[G, 1]``."""
-        return 1.0
+        return 1.0 if self.config.gate_scale is None else self.config.gate_scale

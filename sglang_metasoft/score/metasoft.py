@@ -26,7 +26,7 @@ class MetaSoft(Method):
             self.soft_tokens = SoftTokens.untrained(shape, config.soft_tokens, embed, device)
         else:
             self.soft_tokens = SoftTokens.load(config.path, shape, embed, device)
-            if not self.soft_tokens.gate_scale.any():  # nothing would flow: spare the routing
+            if config.gate_scale is None and not self.soft_tokens.gate_scale.any():  # nothing would flow: spare the routing
                 self.default_consolidation = "none"
 
     @property
@@ -68,4 +68,6 @@ class MetaSoft(Method):
         return Scores(log_importance.softmax(-1), mass)
 
     def gate_scale(self, layer, first_kv_head, num_kv_heads):
+        if self.config.gate_scale is not None:
+            return self.config.gate_scale
         return self.soft_tokens.gate_scale[layer, first_kv_head : first_kv_head + num_kv_heads].unsqueeze(1)

@@ -8,7 +8,7 @@ import sys
 import typing
 from pathlib import Path
 
-from sglang_metasoft.train.settings import DTYPES, METHODS, TrainSettings
+from sglang_metasoft.train.settings import CHOICES, TrainSettings
 
 HELP = {
     "model": "Hugging Face causal language model: folder or hub id",
@@ -16,6 +16,7 @@ HELP = {
     "output": "folder of the run: checkpoint, curves, and the compressor when it is done",
     "method": "metasoft (library and selector) or judge_q (static soft tokens)",
     "soft_tokens": "soft tokens (k)",
+    "selector_features": "what the selector reads: the mean embedding of the span, of the tail after it, both, or none",
     "scorer_width": "hidden width of the entry scorer; 0 for the paper's method",
     "cases": "distinct prompts; each is prepared once and kept on disk",
     "steps": "steps of stage 1: library and selector together",
@@ -23,6 +24,7 @@ HELP = {
     "batch": "contexts a step and process; every second one ends at a boundary",
     "learning_rate": "of the soft tokens; other parts have fixed shares of it",
     "orthogonality": "weight of the penalty on the library",
+    "map_loss": "between the importance and the target map: kl, or squared (the paper's)",
     "lost_weight": "weight of the attention lost at a cut, beside the divergence",
     "answer_weight": "weight of the change in answers under a soft cut; 0: attention maps alone",
     "gate": "scale of the consolidation's gate in the compressor, not trained; 1: the paper's",
@@ -59,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, type=Path, action="append", default=[], **options)
             continue
         kind = Path if field.name in ("init", "prepared") else kinds[field.name]
-        if field.name in ("method", "dtype"):
-            options["choices"] = METHODS if field.name == "method" else DTYPES
+        if field.name in CHOICES:
+            options["choices"] = CHOICES[field.name]
         if field.default is dataclasses.MISSING:
             parser.add_argument(flag, type=kind, required=True, **options)
         else:

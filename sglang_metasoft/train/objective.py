@@ -8,12 +8,13 @@ from sglang_metasoft.train.prepare import SINKS
 
 SOFTNESS = 0.5  # of the cut at the budget, in units of log importance
 CUT_FLOOR = 1e-12
+MAP_LOSSES = ("kl", "squared")
 
 
 class Losses(NamedTuple):
     """Means over layers and KV heads, each a scalar with gradient."""
 
-    divergence: torch.Tensor  # KL from the target to the importance, both without sinks
+    divergence: torch.Tensor  # of the importance from the target, both without sinks: KL, or relative squared error
     lost: torch.Tensor  # share of the target's attention that a cut at the budget drops
 
 
@@ -23,17 +24,23 @@ def without_sinks(target: torch.Tensor) -> torch.Tensor:
     return rest / rest.sum(-1, keepdim=True).clamp_min(CUT_FLOOR)
 
 
-def losses(log_importance: torch.Tensor, target: torch.Tensor, ratio: float) -> Losses:
+def losses(log_importance: torch.Tensor, target: torch.Tensor, ratio: float, map_loss: str = "kl") -> Losses:
     """Compare a ranking with the attention that it is to save.
 
     Args:
         log_importance: ``[layers, G, S]``, up to a constant a head.
         target: ``[layers, G, S]``.
         ratio: span tokens per kept entry of the soft cut.
+        map_loss: one of :data:`MAP_LOSSES`. The squared error, the paper's, is told as a share of the target's square,
+            so that its scale does not fall with the length of the prompt.
     """
     wanted = without_sinks(target)
     scores = log_importance[..., SINKS:]
-    divergence = (wanted * (wanted.clamp_min(CUT_FLOOR).log() - scores.log_softmax(-1))).sum(-1).mean()
+    if map_loss == "squared":
+        errors = (scores.softmax(-1) - wanted).square().sum(-1)
+        divergence = (errors / wanted.square().sum(-1).clamp_min(CUT_FLOOR)).mean()
+    else:
+        divergence = (wanted * (wanted.clamp_min(CUT_FLOOR).log() - scores.log_softmax(-1))).sum(-1).mean()
     lost = 1 - (wanted * torch.sigmoid(_above_cut(scores, scores.shape[-1] / ratio))).sum(-1).mean()
     return Losses(divergence, lost)
 

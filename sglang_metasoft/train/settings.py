@@ -3,8 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+from sglang_metasoft.train.objective import MAP_LOSSES
+
 METHODS = ("metasoft", "judge_q")
+FEATURES = {"both": (True, True), "span": (True, False), "tail": (False, True), "none": (False, False)}
 DTYPES = ("float32", "bfloat16")
+CHOICES = {"method": METHODS, "dtype": DTYPES, "selector_features": tuple(FEATURES), "map_loss": MAP_LOSSES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +24,7 @@ class TrainSettings:
     output: Path
     method: str = "metasoft"
     soft_tokens: int = 32
+    selector_features: str = "both"  # what soft tokens are composed by: span, tail, both or none
     scorer_width: int = 32  # of the entry scorer; 0: the probe's attention alone, as in the paper
     cases: int = 240  # distinct prompts, prepared once and kept on disk
     steps: int = 600  # library and selector together
@@ -27,6 +32,7 @@ class TrainSettings:
     batch: int = 2  # contexts a step and process; every second one ends at a boundary
     learning_rate: float = 0.02
     orthogonality: float = 0.05
+    map_loss: str = "kl"  # between target and importance; squared: the paper's
     lost_weight: float = 1.0  # of the attention lost at a cut, beside the divergence
     answer_weight: float = 1.0  # of the change in the answers' next-token distributions; 0: attention maps alone
     gate: float = 0.0  # scale of the consolidation's gate, not trained; 1: the paper's, which raised the answers' loss
@@ -55,7 +61,7 @@ class TrainSettings:
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"train {name}: {getattr(self, name)!r} is not allowed; allowed: at least {low}")
-        for name, allowed in (("method", METHODS), ("dtype", DTYPES)):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"train {name}: {getattr(self, name)!r} is not allowed; allowed: one of: {', '.join(allowed)}"

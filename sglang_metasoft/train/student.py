@@ -8,6 +8,7 @@ from sglang_metasoft.soft_tokens import LIBRARY_ROWS, SoftTokens
 from sglang_metasoft.train.attention import Probing
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.prepare import Context
+from sglang_metasoft.train.settings import FEATURES
 
 OWN_ROW_LOGIT, MEAN_ROW_LOGIT, OTHER_LOGIT_SCALE = 4.0, 3.0, 0.5
 
@@ -39,10 +40,11 @@ class Dynamic(Student):
 
     @classmethod
     @torch.no_grad()
-    def create(cls, backbone: Backbone, count: int, scorer: int, seed: int) -> "Dynamic":
+    def create(cls, backbone: Backbone, count: int, scorer: int, features: str, seed: int) -> "Dynamic":
         """Library rows: the mean of the embedding table, then random rows of it, made orthonormal in this order.
 
-        Each soft token starts as a row of its own plus a share of the mean.
+        Each soft token starts as a row of its own plus a share of the mean. Features that the selector is not to read
+        (:data:`sglang_metasoft.train.settings.FEATURES`) have weights of 0 and keep them.
         """
         shape, table = backbone.shape, backbone.model.get_input_embeddings().weight.float().cpu()
         rows = min(LIBRARY_ROWS, shape.hidden_size)
@@ -57,6 +59,9 @@ class Dynamic(Student):
         for name, parameter in soft.named_parameters():
             if name.startswith(("trunk", "to_query", "row_keys")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.03)
+        reads = torch.tensor(FEATURES[features]).repeat_interleave(shape.hidden_size)
+        soft.trunk.weight.mul_(reads)
+        soft.trunk.weight.register_hook(lambda gradient: gradient * reads.to(gradient.device))
         soft.bias.copy_(torch.randn(soft.bias.shape[1:], generator=generator) * OTHER_LOGIT_SCALE)
         own = torch.arange(count)
         soft.bias[:, own, 1 + own % (rows - 1)] = OWN_ROW_LOGIT

@@ -55,7 +55,7 @@ class Trainer:
             return Static.create(self.backbone, s.soft_tokens, s.seed)
         if s.init is not None:
             return Dynamic.load(self.backbone, str(s.init))
-        student = Dynamic.create(self.backbone, s.soft_tokens, s.scorer_width, s.seed)
+        student = Dynamic.create(self.backbone, s.soft_tokens, s.scorer_width, s.selector_features, s.seed)
         student.soft.gate_scale.data.fill_(s.gate)
         return student
 
@@ -154,7 +154,7 @@ class Trainer:
         s, target = self.settings, context.target.to(self.backbone.device)
         mass = self.student.probe(self.backbone, context, noise)
         importance = self.student.refine(mass, context, self.backbone)
-        refined = losses(importance, target, ratio)
+        refined = losses(importance, target, ratio, s.map_loss)
         terms = {"divergence": (1.0, refined.divergence), "lost": (s.lost_weight, refined.lost)}
         if s.answer_weight:
             number = rng.randrange(len(context.answers))
@@ -164,7 +164,7 @@ class Trainer:
             faded = answer_logits(self.backbone, context, number, attend=fading)
             terms["answer divergence"] = (s.answer_weight, answer_divergence(full, faded))
         if s.method == "metasoft" and s.scorer_width:
-            plain = losses(Student.refine(self.student, mass, context, self.backbone), target, ratio)
+            plain = losses(Student.refine(self.student, mass, context, self.backbone), target, ratio, s.map_loss)
             terms["probe divergence"] = (PROBE_SHARE, plain.divergence)
         return terms
 

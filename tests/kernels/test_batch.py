@@ -35,7 +35,7 @@ def test_batch(name, consolidation, dtype):
     pool = make_pool(case, [span + WINDOW for span in SPANS])
     jobs = make_jobs(case, pool)
     method = load_method(name).__new__(load_method(name))
-    method.config = config = MetaSoftConfig(consolidation=consolidation, kernels="triton", route_targets=3)
+    method.config = config = MetaSoftConfig(consolidation=consolidation, kernels="triton", route_targets=3, route_band=30)
     layer = LayerPool(pool.key, pool.value, 0.125, *case.scales)
     lengths = [job.probe.embeds.shape[0] for job in jobs]
     q = randn(sum(lengths), 6, 64, dtype=case.compute_dtype)
@@ -48,7 +48,7 @@ def test_batch(name, consolidation, dtype):
         pool.key, pool.value, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values,
         layer.value_scale,
     )  # fmt: skip
-    method.config = MetaSoftConfig(consolidation=consolidation, kernels="torch", route_targets=3)
+    method.config = MetaSoftConfig(consolidation=consolidation, kernels="torch", route_targets=3, route_band=30)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     kept = batch.kept_of_jobs(consolidated.kept_rows)
     inputs = zip(jobs, q.split(lengths), k.split(lengths), v.split(lengths), out.split(lengths), kept, strict=True)

@@ -51,6 +51,8 @@ VALID = {
     "consolidation": lambda value: value in (None, *KNOWN_CONSOLIDATIONS),
     "soft_tokens": lambda value: is_int(value, 1, 1024),
     "route_targets": lambda value: is_int(value, 1, 64),
+    "route_band": lambda value: is_int(value, 1),
+    "gate_scale": lambda value: value is None or (type(value) in (int, float) and 0 <= value <= 1),
     "pool_kernel": lambda value: is_int(value, 1, 63) and value % 2 == 1,
     "observed_tokens": lambda value: is_int(value, 1, 65536),
     "index_tokens": lambda value: is_int(value, 1),
@@ -60,7 +62,7 @@ VALID = {
 SOUND = {
     "ratio": 2.5, "budget": 300, "min_tokens": 1, "window": 8, "sink": 0, "method": "snapkv", "path": "somewhere",
     "keep_raw": False, "during_prefill": True, "consolidation": "none", "soft_tokens": 1024, "route_targets": 64,
-    "pool_kernel": 63, "observed_tokens": 65536, "index_tokens": 2**70, "trace_dir": "/tmp",
+    "route_band": 2**70, "gate_scale": 0.5, "pool_kernel": 63, "observed_tokens": 65536, "index_tokens": 2**70, "trace_dir": "/tmp",
 }  # fmt: skip
 
 # -- what to try -----------------------------------------------------------------------------------------------------

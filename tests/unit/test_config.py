@@ -33,6 +33,10 @@ def test_defaults_are_those_of_the_documentation():
         ("soft_tokens", 0),
         ("soft_tokens", 4096),
         ("route_targets", 0),
+        ("route_band", 0),
+        ("gate_scale", 1.5),
+        ("gate_scale", float("nan")),
+        ("gate_scale", True),
         ("pool_kernel", 4),
     ],
 )

@@ -93,6 +93,23 @@ def test_routing_picks_the_closest_kept_keys(monkeypatch):
     assert route(keys, kept[:, :2], dropped, 4, 0.25)[0].shape[-1] == 2  # no more targets than kept entries
 
 
+def test_routing_in_a_band_picks_among_the_nearest_kept_entries():
+    keys = torch.randn(60, 2, 16)
+    kept, dropped = split_top(torch.rand(2, 60), 20, 0)
+    for band in (1, 4, 5, 20, 99):
+        targets, weights = route(keys, kept, dropped, 3, 0.25, band=band)
+        assert targets.shape[-1] == min(3, band)
+        for head in range(2):
+            for row, entry in enumerate(dropped[head].tolist()):
+                before = int((kept[head] < entry).sum())
+                first = min(max(before - band // 2, 0), max(20 - band, 0))
+                near = kept[head, first : first + band]
+                assert len(near) == min(band, 20)
+                best = (keys[near, head] @ keys[entry, head] * 0.25).topk(min(3, band))
+                assert torch.equal(targets[head, row], best.indices + first)
+                torch.testing.assert_close(weights[head, row], best.values.softmax(-1))
+
+
 def test_consolidation_against_a_dense_matrix():
     entries, groups, d, m = 50, 2, 16, 4
     keys, values, mass = torch.randn(entries, groups, d), torch.randn(entries, groups, d), torch.rand(groups, entries)

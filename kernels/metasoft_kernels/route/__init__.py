@@ -16,6 +16,7 @@ def route(
     targets: int,
     scale: float,
     kernels: str = "auto",
+    band: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`metasoft_kernels.route.naive.route`, or its fused equal; ``kernels`` as in :mod:`.backend`.
 
@@ -23,10 +24,11 @@ def route(
     weight of 0.
     """
     if not uses_triton(kernels, keys.device, keys.dtype):
-        return naive.route(keys, kept, dropped, targets, scale)
+        return naive.route(keys, kept, dropped, targets, scale, band)
     slots = torch.arange(keys.shape[0], device=keys.device)
     axes = single(keys.device, kept.shape[1], dropped.shape[1])
     dtype = keys.dtype if keys.dtype.itemsize > 1 else torch.bfloat16
     rows = (kept.to(torch.int32).contiguous(), dropped.to(torch.int32).contiguous())
-    target, weight = fused.route(keys, slots, *rows, *axes, min(targets, kept.shape[1]), scale, dtype)
+    targets = min(targets, kept.shape[1], band or targets)
+    target, weight = fused.route(keys, slots, *rows, *axes, targets, scale, dtype, band)
     return target.clamp_max(kept.shape[1] - 1).to(torch.int64), weight

@@ -1,6 +1,6 @@
 """Routing without an affinity matrix: a tile of dropped entries walks the kept keys and holds its best targets.
 
-k·kᵀ runs on tensor cores. Of each tile of products only those above the row's m-th best so far matter; in most tiles
+k·kᵀ runs on tensor cores. With a band the walk begins and ends near the tile's own place in the prompt. Of each tile of products only those above the row's m-th best so far matter; in most tiles
 there are few, so the tile is searched again only as long as some row finds one. Equal affinities go to the earlier
 entry; nothing depends on the order in which programs run.
 """
@@ -25,6 +25,7 @@ def route(
     targets: int,
     scale: float,
     dtype: torch.dtype,
+    band: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`metasoft_kernels.route.naive.route` for all requests at once.
 
@@ -36,6 +37,8 @@ def route(
         targets: m.
         scale: factor on the affinity, the key scale's square included.
         dtype: what products are computed in.
+        band: kept entries of the request, the nearest in position, among which a dropped one finds its targets; None:
+            all.
 
     Returns:
         ``[G, sum N, m]`` int32 positions on the kept axis, ``sum B`` where a request keeps fewer than m entries or has
@@ -46,19 +49,21 @@ def route(
     target = torch.empty(shape, dtype=torch.int32, device=k_buffer.device)
     weight = torch.empty(shape, dtype=torch.float32, device=k_buffer.device)
     block_rows, block_kept = rows_for(d, dtype), rows_for(d, dtype)
+    width = min(band or kept.longest, kept.longest)
     _route[(triton.cdiv(dropped.longest, block_rows), groups, dropped.count)](
         k_buffer, slots, kept_rows, dropped_rows, target, weight, kept.starts, dropped.starts, kept.total,
-        dropped.total, k_buffer.stride(0), scale, D=d, M=targets, BLOCK_R=block_rows, BLOCK_K=block_kept,
-        BLOCK_D=padded(d), BLOCK_M=triton.next_power_of_2(targets), OPERAND=operand_type(dtype), PRECISION=PRECISION,
+        dropped.total, k_buffer.stride(0), scale, width, IS_BANDED=width < kept.longest, D=d,
+        M=targets, BLOCK_R=block_rows, BLOCK_K=block_kept, BLOCK_D=padded(d), BLOCK_M=triton.next_power_of_2(targets),
+        OPERAND=operand_type(dtype), PRECISION=PRECISION,
         num_warps=8 if block_rows * block_kept > 8192 else 4, num_stages=3 if dtype.itemsize == 2 else 1,
     )  # fmt: skip
     return target, weight
 
 
-@triton.jit(do_not_specialize=["kept_total", "dropped_total"])
+@triton.jit(do_not_specialize=["kept_total", "dropped_total", "band"])
 def _route(
     k, slots, kept_rows, dropped_rows, target, weight, kept_starts, dropped_starts, kept_total, dropped_total, k_stride,
-    scale, D: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    scale, band, IS_BANDED: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group, job = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -73,11 +78,18 @@ def _route(
         keys = tl.load(
             k + slot[:, None] * k_stride + group * D + column[None, :], mask=inside[:, None] & real[None, :], other=0.0
         ).to(OPERAND)
-        kept_end = tl.load(kept_starts + job + 1)
+        kept_begin, kept_end = tl.load(kept_starts + job), tl.load(kept_starts + job + 1)
+        walk_begin, walk_end = kept_begin, kept_end
+        if IS_BANDED:
+            # Of the entries before this one on the axis of spans, `row` are dropped: the others are kept.
+            near_begin = tl.maximum(tl.minimum(entry - row - band // 2, kept_end - band), kept_begin)
+            near_end = tl.minimum(near_begin + band, kept_end)
+            walk_begin = tl.min(tl.where(inside, near_begin, kept_end), 0)
+            walk_end = tl.max(tl.where(inside, near_end, kept_begin), 0)
         # A place without an entry has a negative position; ranks from M on are padding that nothing enters.
         best = tl.where(rank[None, :] < M, float("-inf"), float("inf")) + tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
         best_at = tl.zeros([BLOCK_R, BLOCK_M], tl.int32) - 1 - rank[None, :]
-        for kept_first in range(tl.load(kept_starts + job), kept_end, BLOCK_K):
+        for kept_first in range(walk_begin, walk_end, BLOCK_K):
             position = kept_first + tl.arange(0, BLOCK_K)
             is_kept = position < kept_end
             kept_entry = tl.load(kept_rows + group.to(tl.int64) * kept_total + position, mask=is_kept, other=0)
@@ -88,7 +100,11 @@ def _route(
                 other=0.0,
             ).to(OPERAND)
             affinity = tl.dot(keys, tl.trans(kept_keys), input_precision=PRECISION)
-            affinity = tl.where(is_kept[None, :], affinity, float("-inf"))
+            if IS_BANDED:
+                is_near = (position[None, :] >= near_begin[:, None]) & (position[None, :] < near_end[:, None])
+                affinity = tl.where(is_near, affinity, float("-inf"))
+            else:
+                affinity = tl.where(is_kept[None, :], affinity, float("-inf"))
             bar, top = tl.min(best, 1), tl.max(affinity, 1)
             if M <= UNROLLED:  # a loop inside would keep the compiler from loading the next keys meanwhile
                 for _ in tl.static_range(M):

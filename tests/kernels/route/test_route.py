@@ -12,20 +12,33 @@ from tests.kernels.partition import partition
 COUNTS = [(case, m) for n, case in enumerate(CASES) for m in (1, 3, 4) if DEVICE == "cuda" or m == (4, 3, 1, 4)[n % 4]]
 
 
+# Bands narrower than the targets, than a tile, as wide as one, and wider; odd and even.
+BANDS = [(case, (2, 7, 64, 129)[n % 4]) for n, case in enumerate(CASES)]
+
+
 @pytest.mark.parametrize(("case", "m"), COUNTS, ids=str)
 def test_route(case, m):
+    check(case, m, None)
+
+
+@pytest.mark.parametrize(("case", "band"), BANDS, ids=str)
+def test_route_to_the_nearest(case, band):
+    check(case, min(4, band), band)
+
+
+def check(case, m, band):
     lengths = [max(2, length) for length in case.lengths]
     pool = make_pool(case, lengths)
     kept_rows, dropped_rows, span, kept, dropped = partition(case.groups, lengths)
     scale = case.d**-0.5 * case.scales[0] ** 2
     target, weight = fused.route(
-        pool.key, pool.slots, kept_rows, dropped_rows, kept, dropped, m, scale, case.compute_dtype
+        pool.key, pool.slots, kept_rows, dropped_rows, kept, dropped, m, scale, case.compute_dtype, band
     )
     assert target.shape == weight.shape == (case.groups, dropped.total, m)
     for entries, own, rows in zip(span.ranges(), kept.ranges(), dropped.ranges(), strict=True):
         keys = pool.key[pool.slots[entries]].float()
         local = [part.long() - entries.start for part in (kept_rows[:, own], dropped_rows[:, rows])]
-        expected, expected_weight = naive.route(keys, *local, m, scale)
+        expected, expected_weight = naive.route(keys, *local, m, scale, band)
         found = expected.shape[-1]  # a request may keep fewer than m
         got, order = target[:, rows].long().sort(-1)
         got_weight = weight[:, rows].gather(-1, order)

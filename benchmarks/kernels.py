@@ -1,7 +1,7 @@
 """What one compression costs on a GPU: bytes, flops and time of each stage, against what the hardware can do.
 
     python benchmarks/kernels.py [--model llama-3.1-8b qwen3-8b] [--prompt-tokens 4096 32768 131072] [--ratio 4 8]
-                                 [--band 4096]
+                                 [--band 4096] [--prompts 1]
 
 Bytes and flops are counted from shapes: what a stage must at least read, write and multiply. On a GPU each stage is
 timed, and so are a copy, a bf16 product and this prompt's prefill (attention by FlashInfer, or by torch where that is
@@ -62,10 +62,26 @@ class Cost(NamedTuple):
     flops: float = 0.0
 
 
-def count(model: Model, tokens: int, ratio: int, band: int) -> dict[str, Cost]:
-    """Each stage's cost for one layer of one prompt, in order; routing compares with ``band`` kept entries."""
-    span = tokens - WINDOW
-    kept = -(-tokens // ratio) - WINDOW
+class Batch(NamedTuple):
+    """Prompts that finish together."""
+
+    prompts: int
+    tokens: int  # of each
+    ratio: int
+    band: int  # kept entries that a dropped one is compared with
+
+    @property
+    def span_tokens(self) -> int:
+        return self.tokens - WINDOW
+
+    @property
+    def kept_slots(self) -> int:
+        return -(-self.tokens // self.ratio) - WINDOW
+
+
+def count(model: Model, batch: Batch) -> dict[str, Cost]:
+    """Each stage's cost for one layer, in order; routing compares with ``band`` kept entries."""
+    tokens, span, kept = batch.tokens, batch.span_tokens, batch.kept_slots
     dropped = span - kept
     groups, d, rows = model.groups, model.head_dim, SOFT_TOKENS * model.heads
     entry = groups * d * ENTRY_BYTES  # K or V of one token
@@ -74,22 +90,23 @@ def count(model: Model, tokens: int, ratio: int, band: int) -> dict[str, Cost]:
         "probe": Cost(2 * tokens * entry, 4 * tokens * rows * d),
         "score": Cost(span * entry + 4 * span * groups, 2 * span * rows * d),
         "select": Cost(5 * 4 * span * groups + 4 * span * groups),
-        "route": Cost((dropped + kept) * entry + 8 * pairs, 2 * dropped * min(band, kept) * groups * d),
+        "route": Cost((dropped + kept) * entry + 8 * pairs, 2 * dropped * min(batch.band, kept) * groups * d),
         # Sort by key (4 bytes) with its place (8 bytes), each read and written once per 8 of 32 bits; then each V once.
         "merge": Cost(pairs * 12 * 2 * 4 + pairs * 8 + (dropped + 2 * kept) * entry, 2 * pairs * d),
         "move": Cost(4 * kept * entry),
     }
-    return layer
+    return {stage: Cost(batch.prompts * cost.bytes, batch.prompts * cost.flops) for stage, cost in layer.items()}
 
 
-def prefill_flops(model: Model, tokens: int) -> tuple[float, float]:
+def prefill_flops(model: Model, batch: Batch) -> float:
     """One layer's products with weights, and its causal attention."""
-    return 2 * tokens * model.layer_weights, 2 * tokens**2 * model.heads * model.head_dim
+    products, attention = 2 * batch.tokens * model.layer_weights, 2 * batch.tokens**2 * model.heads * model.head_dim
+    return batch.prompts * (products + attention)
 
 
-def probe_flops(model: Model) -> float:
+def probe_flops(model: Model, batch: Batch) -> float:
     """The probe tokens' own pass through one layer's weights."""
-    return 2 * SOFT_TOKENS * model.layer_weights
+    return 2 * batch.prompts * SOFT_TOKENS * model.layer_weights
 
 
 def milliseconds(run, repeats: int = REPEATS) -> float:
@@ -116,20 +133,21 @@ def measure_device() -> Cost:
     return Cost(2 * source.numel() * 2 / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3)
 
 
-def measure_stages(model: Model, tokens: int, ratio: int, band: int) -> dict[str, float]:
-    """Milliseconds of each stage for one layer of one prompt whose slots are scattered over the pool."""
+def measure_stages(model: Model, batch: Batch) -> dict[str, float]:
+    """Milliseconds of each stage for one layer of prompts whose slots are scattered over the pool."""
     device, dtype = torch.device("cuda"), torch.bfloat16
     heads, groups, d = model.heads, model.groups, model.head_dim
-    span_tokens, kept_slots = tokens - WINDOW, -(-tokens // ratio) - WINDOW
-    key, value = (torch.randn(2 * tokens, groups, d, dtype=dtype, device=device) for _ in range(2))
-    slots = torch.randperm(2 * tokens, device=device)
-    context_slots, span_slots = slots[:tokens].contiguous(), slots[:span_tokens].contiguous()
-    new_slots = slots[tokens:][:kept_slots].contiguous()
-    q = torch.randn(SOFT_TOKENS, heads, d, dtype=dtype, device=device)
-    k, v = (torch.randn(SOFT_TOKENS, groups, d, dtype=dtype, device=device) for _ in range(2))
+    prompts, tokens, span_tokens, kept_slots = batch.prompts, batch.tokens, batch.span_tokens, batch.kept_slots
+    pool_slots = 2 * tokens * prompts
+    key, value = (torch.randn(pool_slots, groups, d, dtype=dtype, device=device) for _ in range(2))
+    slots = torch.randperm(pool_slots, device=device).view(prompts, 2 * tokens)
+    context_slots, span_slots = slots[:, :tokens].flatten(), slots[:, :span_tokens].flatten()
+    new_slots = slots[:, tokens : tokens + kept_slots].flatten()
+    q = torch.randn(prompts * SOFT_TOKENS, heads, d, dtype=dtype, device=device)
+    k, v = (torch.randn(prompts * SOFT_TOKENS, groups, d, dtype=dtype, device=device) for _ in range(2))
     lengths = [SOFT_TOKENS, tokens, span_tokens, kept_slots, span_tokens - kept_slots]
-    probe, context, span, kept, dropped = ragged(device, *([length] for length in lengths))
-    sinks = torch.full((1,), SINK, dtype=torch.int32, device=device)
+    probe, context, span, kept, dropped = ragged(device, *([length] * prompts for length in lengths))
+    sinks = torch.full((prompts,), SINK, dtype=torch.int32, device=device)
     scale, gate = d**-0.5, torch.ones(groups, device=device)
 
     own_probe = (q, key, value, context_slots, k, v, probe, context, scale)
@@ -137,7 +155,7 @@ def measure_stages(model: Model, tokens: int, ratio: int, band: int) -> dict[str
     score = (q, key, span_slots, lse, probe, span, scale)
     mass = score_kernels.importance(*score)
     kept_rows, dropped_rows = select_kernels.split_top(mass, sinks, span, kept, dropped)
-    route = (key, span_slots, kept_rows, dropped_rows, kept, dropped, TARGETS, scale, dtype, band)
+    route = (key, span_slots, kept_rows, dropped_rows, kept, dropped, TARGETS, scale, dtype, batch.band)
     target, weight = route_kernels.route(*route)
     merge = (value, span_slots, mass, kept_rows, dropped_rows, target, weight, kept, gate, 1.0, dtype)
     merged, _ = merge_kernels.attention_flow(*merge)
@@ -148,9 +166,10 @@ def measure_stages(model: Model, tokens: int, ratio: int, band: int) -> dict[str
         "route": milliseconds(lambda: route_kernels.route(*route), 5),
         "merge": milliseconds(lambda: merge_kernels.attention_flow(*merge)),
         "move": milliseconds(lambda: move_kernels.move(key, value, span_slots, kept_rows, new_slots, merged)),
-        "select_by_torch_sort": milliseconds(lambda: select_naive.split_top(mass, kept_slots, SINK)),
-        "select_by_torch_topk": milliseconds(lambda: topk_of_composite_keys(mass, kept_slots)),
     }
+    if prompts == 1:
+        times["select_by_torch_sort"] = milliseconds(lambda: select_naive.split_top(mass, kept_slots, SINK))
+        times["select_by_torch_topk"] = milliseconds(lambda: topk_of_composite_keys(mass, kept_slots))
     try:
         flashinfer = FlashInferProbe(heads, groups, d, dtype, dtype, device)
         times["probe_by_flashinfer"] = milliseconds(lambda: flashinfer.attend(*own_probe))
@@ -194,16 +213,19 @@ def measure_prefill(model: Model, tokens: int) -> float:
     return total + milliseconds(lambda: attend(q, k, v, is_causal=True, enable_gqa=True), 5)
 
 
-def report(name: str, tokens: int, ratio: int, band: int, device: Cost | None) -> dict:
+def report(name: str, batch: Batch, device: Cost | None) -> dict:
     """One configuration; shares are of what the device was measured, or is said, to do."""
     model = MODELS[name]
-    costs = count(model, tokens, ratio, band)
+    costs = count(model, batch)
     peak = device or Cost(H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND)
     floors = {stage: 1e3 * max(cost.bytes / peak.bytes, cost.flops / peak.flops) for stage, cost in costs.items()}
-    times = measure_stages(model, tokens, ratio, band) if device else floors
-    prefill_ms = measure_prefill(model, tokens) if device else 1e3 * sum(prefill_flops(model, tokens)) / peak.flops
+    times = measure_stages(model, batch) if device else floors
+    if device:
+        prefill_ms = batch.prompts * measure_prefill(model, batch.tokens)
+    else:
+        prefill_ms = 1e3 * prefill_flops(model, batch) / peak.flops
     # The probe tokens pass through the weights too: bound by reading them once.
-    body_ms = 1e3 * max(model.layer_weights * ENTRY_BYTES / peak.bytes, probe_flops(model) / peak.flops)
+    body_ms = 1e3 * max(model.layer_weights * ENTRY_BYTES / peak.bytes, probe_flops(model, batch) / peak.flops)
     stages = {
         stage: {
             "mega_bytes": round(cost.bytes / 1e6, 1),
@@ -216,8 +238,8 @@ def report(name: str, tokens: int, ratio: int, band: int, device: Cost | None) -
     whole_ms = sum(times[stage] for stage in costs)
     return {
         "times": "measured" if device else "PROJECTED from nominal H200 peaks, nothing was run",
-        "model": name, "prompt_tokens": tokens, "ratio": ratio, "band": band,
-        "stages_of_a_layer": stages,
+        "model": name, "prompts": batch.prompts, "prompt_tokens": batch.tokens, "ratio": batch.ratio,
+        "band": batch.band, "stages_of_a_layer": stages,
         "others_microseconds": {key: round(1e3 * value, 1) for key, value in times.items() if key not in costs},
         "compression_ms": round(model.layers * (whole_ms + body_ms), 2),
         "prefill_ms": round(model.layers * prefill_ms, 1),
@@ -233,6 +255,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[4096, 32_768, 131_072])
     parser.add_argument("--ratio", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--band", type=int, default=MetaSoftConfig().route_band, help="route_band; default: its own")
+    parser.add_argument("--prompts", type=int, default=1, help="that finish together")
     args = parser.parse_args()
     device = measure_device() if torch.cuda.is_available() else None
     about = {"device": torch.cuda.get_device_name() if device else "none", "date": time.strftime("%Y-%m-%d")}
@@ -242,7 +265,8 @@ def main() -> None:
     for name in args.model:
         for tokens in args.prompt_tokens:
             for ratio in args.ratio:
-                print(json.dumps(report(name, tokens, ratio, args.band, device)), flush=True)
+                batch = Batch(args.prompts, tokens, ratio, args.band)
+                print(json.dumps(report(name, batch, device)), flush=True)
 
 
 if __name__ == "__main__":

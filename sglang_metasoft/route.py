@@ -8,7 +8,13 @@ from sglang_metasoft.types import Plan, Routes, Scores
 
 
 def choose_routes(
-    plan: Plan, scores: Scores, keys: torch.Tensor, targets: int, scale: float, kernels: str = "auto", band: int | None = None
+    plan: Plan,
+    scores: Scores,
+    keys: torch.Tensor,
+    targets: int,
+    scale: float,
+    kernels: str = "auto",
+    band: int | None = None,
 ) -> Routes:
     """Keep the top-B entries per KV head and route the others.
 

@@ -1,5 +1,7 @@
 """Meta-Soft (arXiv 2605.22337): soft tokens, composed from an orthogonal meta-library, probe the prompt."""
 
+import torch
+
 from sglang_metasoft.score.base import Method
 from sglang_metasoft.soft_tokens import SoftTokens, check_compressor
 from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Scores
@@ -26,8 +28,9 @@ class MetaSoft(Method):
             self.soft_tokens = SoftTokens.untrained(shape, config.soft_tokens, embed, device)
         else:
             self.soft_tokens = SoftTokens.load(config.path, shape, embed, device)
-            if config.gate_scale is None and not self.soft_tokens.gate_scale.any():  # nothing would flow: spare the routing
-                self.default_consolidation = "none"
+        gate = self.soft_tokens.gate_scale if config.gate_scale is None else torch.tensor(config.gate_scale)
+        if not gate.any():  # nothing would flow: spare the routing
+            self.default_consolidation = "none"
 
     @property
     def identity(self) -> str:

@@ -35,7 +35,9 @@ def test_batch(name, consolidation, dtype):
     pool = make_pool(case, [span + WINDOW for span in SPANS])
     jobs = make_jobs(case, pool)
     method = load_method(name).__new__(load_method(name))
-    method.config = config = MetaSoftConfig(consolidation=consolidation, kernels="triton", route_targets=3, route_band=30)
+    method.config = config = MetaSoftConfig(
+        consolidation=consolidation, kernels="triton", route_targets=3, route_band=30
+    )
     layer = LayerPool(pool.key, pool.value, 0.125, *case.scales)
     lengths = [job.probe.embeds.shape[0] for job in jobs]
     q = randn(sum(lengths), 6, 64, dtype=case.compute_dtype)

@@ -62,7 +62,8 @@ VALID = {
 SOUND = {
     "ratio": 2.5, "budget": 300, "min_tokens": 1, "window": 8, "sink": 0, "method": "snapkv", "path": "somewhere",
     "keep_raw": False, "during_prefill": True, "consolidation": "none", "soft_tokens": 1024, "route_targets": 64,
-    "route_band": 2**70, "gate_scale": 0.5, "pool_kernel": 63, "observed_tokens": 65536, "index_tokens": 2**70, "trace_dir": "/tmp",
+    "route_band": 2**70, "gate_scale": 0.5, "pool_kernel": 63, "observed_tokens": 65536, "index_tokens": 2**70,
+    "trace_dir": "/tmp",
 }  # fmt: skip
 
 # -- what to try -----------------------------------------------------------------------------------------------------

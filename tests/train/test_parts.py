@@ -116,6 +116,15 @@ def test_a_perfect_ranking_has_no_divergence_and_a_gradient_reaches_the_cut():
     assert scores.grad.abs().sum() > 0
 
 
+def test_the_squared_error_is_a_share_of_the_targets_square():
+    target = torch.rand(2, 3, 50)
+    assert losses(target.log(), target, 4, "squared").divergence.item() == pytest.approx(0, abs=1e-6)
+    one = torch.full((1, 1, 50), 1e-9)
+    one[..., 30] = 1
+    flat = losses(torch.zeros(1, 1, 50), one, 4, "squared").divergence.item()  # 46 entries without the sinks
+    assert flat == pytest.approx((1 - 1 / 46) ** 2 + 45 / 46**2, rel=1e-4)
+
+
 @pytest.fixture
 def scorer():
     generator = torch.Generator().manual_seed(5)

@@ -311,3 +311,6 @@ def test_a_compressor_whose_gate_is_shut_spares_the_routing(gate, expected, tmp_
         if consolidation is None:
             first = merged.value
         assert torch.equal(merged.value, first) is is_same
+    other = make_method("metasoft", path=str(tmp_path), gate_scale=0.5 - gate)
+    assert other.default_consolidation == ("none" if gate == 0.5 else "attention_flow")
+    assert other.gate_scale(1, 0, 3) == 0.5 - gate

@@ -1,8 +1,9 @@
 """Routing without an affinity matrix: a tile of dropped entries walks the kept keys and holds its best targets.
 
-k·kᵀ runs on tensor cores. With a band the walk begins and ends near the tile's own place in the prompt. Of each tile of products only those above the row's m-th best so far matter; in most tiles
+k·kᵀ runs on tensor cores. Of each tile of products only those above the row's m-th best so far matter; in most tiles
 there are few, so the tile is searched again only as long as some row finds one. Equal affinities go to the earlier
-entry; nothing depends on the order in which programs run.
+entry; nothing depends on the order in which programs run. With a band the walk begins and ends near the tile's own
+place in the prompt.
 """
 
 import torch
@@ -63,8 +64,8 @@ def route(
 @triton.jit(do_not_specialize=["kept_total", "dropped_total", "band"])
 def _route(
     k, slots, kept_rows, dropped_rows, target, weight, kept_starts, dropped_starts, kept_total, dropped_total, k_stride,
-    scale, band, IS_BANDED: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    scale, band, IS_BANDED: tl.constexpr, D: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, group, job = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     end = tl.load(dropped_starts + job + 1)

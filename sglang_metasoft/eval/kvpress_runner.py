@@ -30,6 +30,24 @@ from sglang_metasoft.eval.cli import add_case_arguments, make_cases
 from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.eval.records import Store, is_settled, make_key, make_record
 
+
+
+class KVzipEqualPress(kvpress.KVzipPress):
+    """KVzip's scores with as many entries in every head and layer, which is what a paged pool can hold.
+
+    No press of kvpress: it tells what KVzip's unequal budgets are worth.
+    """
+
+    def compress_post(self, model) -> None:
+        scores = self.score_val  # [layers, 1, G, L]
+        scores[..., : self.n_sink] = float("inf")
+        dropped = int(scores.shape[-1] * self.compression_ratio)
+        for layer in model.model.layers:
+            lowest = scores[layer.self_attn.layer_idx, 0].topk(dropped, largest=False).indices  # [G, dropped]
+            heads = torch.arange(len(lowest)).repeat_interleave(dropped)
+            layer.self_attn.masked_key_indices = (torch.zeros_like(heads), heads, lowest.flatten().cpu())
+
+
 # Settings of kvpress' own evaluation registry.
 LAYERWISE: dict[str, Callable[[], kvpress.BasePress]] = {
     "snapkv": kvpress.SnapKVPress,
@@ -54,6 +72,7 @@ LAYERWISE: dict[str, Callable[[], kvpress.BasePress]] = {
 WHOLE: dict[str, Callable[[], kvpress.BasePress]] = {
     "kvzip": kvpress.KVzipPress,
     "kvzip_plus": lambda: kvpress.KVzipPress(kvzip_plus_normalization=True),
+    "kvzip_equal_budgets": KVzipEqualPress,
     "kvcompose": kvpress.KVComposePress,
     "kvcompose_unstructured": lambda: kvpress.KVComposePress(structured=False),
 }

@@ -31,7 +31,6 @@ from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.eval.records import Store, is_settled, make_key, make_record
 
 
-
 class KVzipEqualPress(kvpress.KVzipPress):
     """KVzip's scores with as many entries in every head and layer, which is what a paged pool can hold.
 

@@ -27,7 +27,9 @@ def launch_a_layer(heads, groups, d, dtype, pool_dtype, device, spans=(4000, 300
     out, lse = probe_kernels.attend(q, key, value, context_slots, k_new, v_new, probe, context, scale, 0.5, 0.5)
     mass = score_kernels.importance(q, key, slots, lse, probe, span, scale, 0.5)
     kept_rows, dropped_rows = select_kernels.split_top(mass, sinks.starts.diff(), span, kept, dropped)
-    target, weight = route_kernels.route(key, slots, kept_rows, dropped_rows, kept, dropped, 4, scale, dtype)
+    route = (key, slots, kept_rows, dropped_rows, kept, dropped, 4, scale, dtype)
+    route_kernels.route(*route)
+    target, weight = route_kernels.route(*route, 512)
     gate = torch.ones(groups, device=device)
     values, _ = merge_kernels.attention_flow(
         value, slots, mass, kept_rows, dropped_rows, target, weight, kept, gate, 0.5, dtype

@@ -31,20 +31,18 @@ from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.eval.records import Store, is_settled, make_key, make_record
 
 
-class KVzipEqualPress(kvpress.KVzipPress):
-    """KVzip's scores with as many entries in every head and layer, which is what a paged pool can hold.
+def equal_budgets(press: kvpress.KVzipPress, model) -> None:
+    """A selection for KVzip's scores with as many entries in every head and layer, which is what a paged pool can hold.
 
-    No press of kvpress: it tells what KVzip's unequal budgets are worth.
+    Not of kvpress: it tells what KVzip's unequal budgets are worth.
     """
-
-    def compress_post(self, model) -> None:
-        scores = self.score_val  # [layers, 1, G, L]
-        scores[..., : self.n_sink] = float("inf")
-        dropped = int(scores.shape[-1] * self.compression_ratio)
-        for layer in model.model.layers:
-            lowest = scores[layer.self_attn.layer_idx, 0].topk(dropped, largest=False).indices  # [G, dropped]
-            heads = torch.arange(len(lowest)).repeat_interleave(dropped)
-            layer.self_attn.masked_key_indices = (torch.zeros_like(heads), heads, lowest.flatten().cpu())
+    scores = press.score_val  # [layers, 1, G, L]
+    scores[..., : press.n_sink] = 1.0
+    dropped = int(scores.shape[-1] * press.compression_ratio)
+    for layer in model.model.layers:
+        lowest = scores[layer.self_attn.layer_idx, 0].topk(dropped, largest=False).indices  # [G, dropped]
+        heads = torch.arange(len(lowest)).repeat_interleave(dropped)
+        layer.self_attn.masked_key_indices = (torch.zeros_like(heads), heads, lowest.flatten().cpu())
 
 
 # Settings of kvpress' own evaluation registry.
@@ -71,11 +69,12 @@ LAYERWISE: dict[str, Callable[[], kvpress.BasePress]] = {
 WHOLE: dict[str, Callable[[], kvpress.BasePress]] = {
     "kvzip": kvpress.KVzipPress,
     "kvzip_plus": lambda: kvpress.KVzipPress(kvzip_plus_normalization=True),
-    "kvzip_equal_budgets": KVzipEqualPress,
     "kvcompose": kvpress.KVComposePress,
     "kvcompose_unstructured": lambda: kvpress.KVComposePress(structured=False),
 }
-PRESSES = LAYERWISE | WHOLE
+# Other selections over a press' scores: the press, and the selection.
+RESELECTED = {"kvzip_equal_budgets": ("kvzip", equal_budgets)}
+PRESSES = [*LAYERWISE, *WHOLE, *RESELECTED]
 
 
 class Kept:
@@ -199,21 +198,26 @@ class Runner:
             with shared(self.model):
                 self.model.model(input_ids=context, past_key_values=DynamicCache())
             yield from shared.kept.items()
-        for name in dict.fromkeys(name for name, _ in wanted if name in WHOLE):
-            ratios = [ratio for other, ratio in wanted if other == name]
-            yield from self._compress_whole(name, ratios, context).items()
+        by_press: dict[str, list[tuple[str, float]]] = {}
+        for name, ratio in wanted:
+            if name not in LAYERWISE:
+                by_press.setdefault(RESELECTED[name][0] if name in RESELECTED else name, []).append((name, ratio))
+        for name, selections in by_press.items():
+            yield from self._compress_whole(name, selections, context).items()
 
-    def _compress_whole(self, name: str, ratios: list[float], context: torch.Tensor) -> dict[tuple[str, float], Kept]:
-        """One scoring of the press, then its own selection for each ratio."""
+    def _compress_whole(
+        self, name: str, selections: list[tuple[str, float]], context: torch.Tensor
+    ) -> dict[tuple[str, float], Kept]:
+        """One scoring of the press, then each selection."""
         press, cache, kept = WHOLE[name](), DynamicCache(), {}
-        press.compression_ratio = 1 - 1 / ratios[0]
+        press.compression_ratio = 1 - 1 / selections[0][1]
         is_kvzip = isinstance(press, kvpress.KVzipPress)
         select = press.compress_post if is_kvzip else press.compress_cache
 
         def select_all(model):
             tokens = context.shape[1]
             whole = [(layer.keys[:, :, :tokens], layer.values[:, :, :tokens]) for layer in cache.layers]
-            for ratio in ratios:
+            for label, ratio in selections:
                 press.compression_ratio = 1 - 1 / ratio
                 mine = DynamicCache()
                 for layer, entries in enumerate(whole):
@@ -222,8 +226,11 @@ class Runner:
                 if not is_kvzip:
                     press._register_cache(mine)
                     press.prepare_important_masks()
-                select(model)
-                found = kept[name, ratio] = Kept()
+                if label in RESELECTED:
+                    RESELECTED[label][1](press, model)
+                else:
+                    select(model)
+                found = kept[label, ratio] = Kept()
                 found.entries = [(layer.keys, layer.values) for layer in mine.layers]
                 found.masks = [layer.self_attn.masked_key_indices for layer in model.model.layers]
 

@@ -28,7 +28,8 @@ def eval_hf(argv: list[str]) -> int:
     parser.add_argument("--model", required=True, help="folder or hub id of a Hugging Face causal LM")
     parser.add_argument(
         "--methods", nargs="*", default=[], metavar="NAME[+CONSOLIDATION][:SETTING=VALUE,...][@PATH]",
-        help="methods of --metasoft-method, and oracle: entries ranked by the true answer's attention",
+        help="methods of --metasoft-method; oracle: entries ranked by the true answer's attention; for ablations "
+        "metasoft_max and metasoft_pooled: the largest attention of the soft tokens, or of an entry's neighbourhood",
     )  # fmt: skip
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")

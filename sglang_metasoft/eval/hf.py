@@ -20,12 +20,11 @@ from sglang_metasoft.eval.hf_model import Batch, HFModel, LayerKV, Prefilled, ge
 from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.eval.oracle import Oracle
 from sglang_metasoft.eval.records import FULL, Store, is_settled, make_key, make_record
+from sglang_metasoft.eval.variants import VARIANTS
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.policy import plan_span
 from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
-
-ORACLE = "oracle"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +63,10 @@ class Compressor:
     """
 
     def __init__(self, model: HFModel, spec: MethodSpec) -> None:
-        is_oracle = spec.name == ORACLE
         settings = {"consolidation": spec.consolidation, "path": spec.path, **spec.settings}
-        self.config = MetaSoftConfig(**settings) if is_oracle else MetaSoftConfig(method=spec.name, **settings)
-        method_class = Oracle if is_oracle else load_method(spec.name)
+        variant = VARIANTS.get(spec.name)
+        self.config = MetaSoftConfig(**settings) if variant else MetaSoftConfig(method=spec.name, **settings)
+        method_class = variant or load_method(spec.name)
         self.spec, self.model = spec, model
         self.method = method_class(self.config, model.shape, model.embed, model.device)
         self.method.prepare(model)

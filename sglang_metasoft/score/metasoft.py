@@ -1,7 +1,5 @@
 """Meta-Soft (arXiv 2605.22337): soft tokens, composed from an orthogonal meta-library, probe the prompt."""
 
-import torch
-
 from sglang_metasoft.score.base import Method
 from sglang_metasoft.soft_tokens import SoftTokens, check_compressor
 from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Scores
@@ -25,11 +23,11 @@ class MetaSoft(Method):
     def __init__(self, config, shape: ModelShape, embed, device) -> None:
         super().__init__(config, shape, embed, device)
         if config.path is None:
-            self.soft_tokens = SoftTokens.untrained(shape, config.soft_tokens, embed, device)
+            self.soft_tokens, is_shut = SoftTokens.untrained(shape, config.soft_tokens, embed, device), False
         else:
             self.soft_tokens = SoftTokens.load(config.path, shape, embed, device)
-        gate = self.soft_tokens.gate_scale if config.gate_scale is None else torch.tensor(config.gate_scale)
-        if not gate.any():  # nothing would flow: spare the routing
+            is_shut = not self.soft_tokens.gate_scale.any()
+        if is_shut if config.gate_scale is None else config.gate_scale == 0:  # nothing would flow: spare the routing
             self.default_consolidation = "none"
 
     @property

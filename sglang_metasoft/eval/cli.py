@@ -122,9 +122,9 @@ def _eval_hf(args: argparse.Namespace) -> None:
     from sglang_metasoft.eval.records import Store
 
     find_tasks(args.tasks)
+    specs = [MethodSpec.parse(text) for text in args.methods]
     store = Store(args.output)
     model = HFModel(args.model, getattr(torch, args.dtype), torch.device(args.device))
-    specs = [MethodSpec.parse(text) for text in args.methods]
     ratios = [ratio for ratio in args.ratios if ratio != 1]
     runner = HFRunner(model, specs, ratios, args.modes, store)
     runner.run(make_cases(args, model.tokenizer))

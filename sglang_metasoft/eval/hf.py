@@ -26,15 +26,18 @@ from sglang_metasoft.policy import plan_span
 from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
 
+USAGE = "NAME[+CONSOLIDATION][:SETTING=VALUE,...][@PATH]"
+NAMED_PARTS = ("method", "consolidation", "path")
+
 
 @dataclasses.dataclass(frozen=True)
 class MethodSpec:
-    """A method as the command line names it: ``NAME[+CONSOLIDATION][:SETTING=VALUE,...][@PATH]``.
+    """A method as the command line names it, :data:`USAGE`.
 
     Settings are those of ``--metasoft-config``, their values JSON.
 
     Raises:
-        ValueError: an unknown setting or a value out of its range.
+        ValueError: an unknown setting, one that has a place of its own, or a value out of its range.
     """
 
     label: str
@@ -51,6 +54,8 @@ class MethodSpec:
         settings = {}
         for pair in pairs.split(",") if pairs else ():
             key, _, value = pair.partition("=")
+            if key in NAMED_PARTS:
+                raise ValueError(f"method {text!r}: {key} has a place of its own; allowed: {USAGE}")
             settings |= read_config_json(f"{{{json.dumps(key)}: {value}}}")
         return cls(text, name, consolidation or None, path or None, settings)
 

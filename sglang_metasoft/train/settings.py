@@ -68,6 +68,12 @@ class TrainSettings:
                 )
         if self.init is not None and self.method != "metasoft":
             raise ValueError(f"train init: {str(self.init)!r} with method {self.method}; allowed: with metasoft alone")
+        if self.selector_features != "both" and (self.init is not None or self.method != "metasoft"):
+            raise ValueError(
+                f"train selector_features: {self.selector_features!r} with "
+                f"{f'method {self.method}' if self.init is None else f'init {str(self.init)!r}'}; "
+                f"allowed: 'both', or a new compressor of method metasoft"
+            )
         if self.method == "judge_q" and self.orthogonality:
             object.__setattr__(self, "orthogonality", 0.0)
 

@@ -30,6 +30,7 @@ def test_a_method_with_its_settings(text, name, consolidation, path, settings):
         ("metasoft:rout_band=3", "rout_band.*route_band"),
         ("metasoft:route_band=0", "0 is not allowed.*>= 1"),
         ("metasoft:route_band", "not JSON"),
+        ('metasoft:method="snapkv"', "method has a place of its own.*NAME"),
     ],
 )
 def test_a_bad_setting_is_named(text, words):

@@ -168,6 +168,14 @@ class MetaSoftConfig:
         check=_is_int_from(1),
         help="Kept entries, the nearest in position, among which a dropped one finds those that it flows into.",
     )
+    reread_tokens: int = _setting(
+        256,
+        flag=None,
+        allowed="an integer from 0 to 65536",
+        check=lambda value: _is_int_from(0)(value) and value <= 65536,
+        help="Prompt tokens, an eighth of the span at most, that run through the model once more behind the probe, for "
+        "a consolidation that refits values (least_squares); others read none.",
+    )
     gate_scale: float | None = _setting(
         None,
         flag=None,

@@ -84,6 +84,7 @@ def consolidate(
         scale=view.pool.scale,
         kernels=kernels,
         seen_tokens=view.seen_tokens,
+        sink_tokens=view.job.plan.sink_tokens,
         **routes._asdict(),
     )
     merged = consolidation.function(**{name: available[name] for name in consolidation.inputs})

@@ -53,7 +53,8 @@ def compress_layer(
             out, lse = q, q.new_empty(q.shape[:2], dtype=torch.float32)
     with clock("score"):
         view = LayerView(job, pool, q, lse, layer, first_kv_head)
-        raw = method.score_layer(view)
+        ranking = job.probe.ranking_tokens
+        raw = method.score_layer(view._replace(q=q[:ranking], lse=lse[:ranking]))
         raw_mass = raw.importance if raw.mass is None else raw.mass
         finite_scores = raw.importance.isfinite().all() & raw_mass.isfinite().all()
         scores = Scores(raw.importance.nan_to_num(0.0, 0.0, 0.0), raw_mass.nan_to_num(0.0, 0.0, 0.0))

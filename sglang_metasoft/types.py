@@ -99,6 +99,7 @@ class Probe(NamedTuple):
     embeds: torch.Tensor  # [t, D]
     context_slots: int  # entries of the row that they see (C)
     first_position: int  # logical position of the first; the others follow
+    ranking_tokens: int | None = None  # the first of them, which rank; the others are there for a refit. None: all
 
 
 class LayerPool(NamedTuple):

@@ -20,6 +20,7 @@ from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.pipeline import compress_layer
+from sglang_metasoft.reread import make_probe
 from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Prompt
 
@@ -144,14 +145,13 @@ class StageRunner:
         # Outputs of a retracted request come after the prompt; they are part of the tail.
         ids = state.raw_ids + req.output_ids
         if self.has_probe:
-            probe = self.method.probe(
-                Prompt(
-                    span_ids=to_device(ids[chain_tokens:span_end], torch.int64, self.device),
-                    tail_ids=to_device(ids[span_end:context_tokens], torch.int64, self.device),
-                    context_slots=context_slots,
-                    context_tokens=context_tokens,
-                )
+            prompt = Prompt(
+                span_ids=to_device(ids[chain_tokens:span_end], torch.int64, self.device),
+                tail_ids=to_device(ids[span_end:context_tokens], torch.int64, self.device),
+                context_slots=context_slots,
+                context_tokens=context_tokens,
             )
+            probe = make_probe(self.method, prompt, self.config)
         else:
             probe = Probe(torch.empty(0, self.shape.hidden_size), context_slots, context_tokens)
         row = self.committer.row(req)

@@ -23,6 +23,7 @@ from sglang_metasoft.eval.records import FULL, Store, is_settled, make_key, make
 from sglang_metasoft.eval.variants import VARIANTS
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.policy import plan_span
+from sglang_metasoft.reread import make_probe
 from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
 
@@ -94,7 +95,8 @@ class Compressor:
         all_ids = torch.tensor(ids, device=device)
         if isinstance(self.method, Oracle):
             self.method.observe(ids[span:], answer_ids)
-        probe = self.method.probe(Prompt(all_ids[:span], all_ids[span:end], context_slots=end, context_tokens=end))
+        prompt = Prompt(all_ids[:span], all_ids[span:end], context_slots=end, context_tokens=end)
+        probe = make_probe(self.method, prompt, self.config)
         slots = torch.arange(len(ids), device=device)
         jobs = [
             Job(plan, probe, slots[: probe.context_slots], slots[:span], slots[: plan.kept_slots]) for plan in plans

@@ -52,6 +52,7 @@ VALID = {
     "soft_tokens": lambda value: is_int(value, 1, 1024),
     "route_targets": lambda value: is_int(value, 1, 64),
     "route_band": lambda value: is_int(value, 1),
+    "reread_tokens": lambda value: is_int(value, 0, 65536),
     "gate_scale": lambda value: value is None or (type(value) in (int, float) and 0 <= value <= 1),
     "pool_kernel": lambda value: is_int(value, 1, 63) and value % 2 == 1,
     "observed_tokens": lambda value: is_int(value, 1, 65536),
@@ -62,8 +63,8 @@ VALID = {
 SOUND = {
     "ratio": 2.5, "budget": 300, "min_tokens": 1, "window": 8, "sink": 0, "method": "snapkv", "path": "somewhere",
     "keep_raw": False, "during_prefill": True, "consolidation": "none", "soft_tokens": 1024, "route_targets": 64,
-    "route_band": 2**70, "gate_scale": 0.5, "pool_kernel": 63, "observed_tokens": 65536, "index_tokens": 2**70,
-    "trace_dir": "/tmp",
+    "route_band": 2**70, "reread_tokens": 0, "gate_scale": 0.5, "pool_kernel": 63, "observed_tokens": 65536,
+    "index_tokens": 2**70, "trace_dir": "/tmp",
 }  # fmt: skip
 
 # -- what to try -----------------------------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ def test_defaults_are_those_of_the_documentation():
         ("soft_tokens", 4096),
         ("route_targets", 0),
         ("route_band", 0),
+        ("reread_tokens", -1),
+        ("reread_tokens", 65537),
         ("gate_scale", 1.5),
         ("gate_scale", float("nan")),
         ("gate_scale", True),

@@ -1,7 +1,5 @@
 """Each consolidation against its formula written anew, one head and one entry at a time."""
 
-import math
-
 import pytest
 import torch
 from metasoft_kernels.merge import gather

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from metasoft_kernels.probe import attend
+
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.reread import RUN_TOKENS, make_probe, with_reread
@@ -22,7 +22,8 @@ def make_prompt(span: int, tail: int) -> Prompt:
 
 @pytest.mark.parametrize("tail", [0, 10, 100])
 @pytest.mark.parametrize(
-    ("span", "tokens", "runs"), [(4096, 256, 4), (4096, 511, 7), (1024, 256, 2), (300, 256, 1), (64, 1, 1), (63, 256, 0)]
+    ("span", "tokens", "runs"),
+    [(4096, 256, 4), (4096, 511, 7), (1024, 256, 2), (300, 256, 1), (64, 1, 1), (63, 256, 0)],
 )
 def test_the_end_and_evenly_spread_runs_are_read_again(span, tail, tokens, runs):
     probe = Probe(torch.full((3, 1), -1.0), 7, 9)

@@ -18,11 +18,11 @@ def least_squares(
 ) -> torch.Tensor:
     """Change the kept values so that the span's part of the probe's attention output is nearly what it was.
 
-    With P the probe's attention over the span and ``A = P_kept * sum(P) / sum(P_kept)`` what is left of it, the new values
-    solve ``min |A V' - P V|^2 + ridge |V' - V_kept|^2`` by the Cholesky factor of ``A A^T + ridge I``: one row a probe token
-    and query head of the group. ``ridge`` is RIDGE times the rows' mean energy: far more than the paper's, since most
-    queries to come are none of the probe's. The sinks' values stay (their columns count as 0 in the solution, not in
-    what is missing): nearly all of a row's mass lies there, and a change of it would reach every query. The paper fits a
+    With P the probe's attention over the span and ``A = P_kept * sum(P) / sum(P_kept)`` what is left of it, the new
+    values solve ``min |A V' - P V|^2 + ridge |V' - V_kept|^2`` by the Cholesky factor of ``A A^T + ridge I``: one row a
+    probe token and query head of the group. ``ridge`` is RIDGE times the rows' mean energy, far more than the paper's:
+    most queries to come are none of the probe's. The sinks' values stay (their columns count as 0 in the solution, not
+    in what is missing): most of a row's mass lies there, and a change of it would reach every query. The paper fits a
     bias per key as well, which makes up for the lost mass; stock kernels have none.
 
     A head after the other, so that no more than ``[r t, S]`` is in memory.

@@ -169,7 +169,7 @@ class MetaSoftConfig:
         help="Kept entries, the nearest in position, among which a dropped one finds those that it flows into.",
     )
     reread_tokens: int = _setting(
-        256,
+        128,
         flag=None,
         allowed="an integer from 0 to 65536",
         check=lambda value: _is_int_from(0)(value) and value <= 65536,

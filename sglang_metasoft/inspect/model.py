@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from sglang_metasoft.config import METHODS, MetaSoftConfig, shown
 from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_config, read_shape
 from sglang_metasoft.pipeline import compress_layer
+from sglang_metasoft.reread import make_probe
 from sglang_metasoft.score import load_method
 from sglang_metasoft.score.base import Method
 from sglang_metasoft.types import Job, LayerPool, MergedKV, Plan, Prompt, Routes
@@ -115,14 +116,13 @@ class InspectedModel:
             ValueError: a layer's attention is not plain causal attention.
         """
         end = plan.end_slots
-        probe = method.probe(
-            Prompt(
-                span_ids=self._tensor(ids[plan.start_slots : end]),
-                tail_ids=self._tensor(ids[end:]),
-                context_slots=len(ids),
-                context_tokens=len(ids),
-            )
+        prompt = Prompt(
+            span_ids=self._tensor(ids[plan.start_slots : end]),
+            tail_ids=self._tensor(ids[end:]),
+            context_slots=len(ids),
+            context_tokens=len(ids),
         )
+        probe = make_probe(method, prompt, config)
         slots = torch.arange(len(ids), device=self.device)
         job = Job(plan, probe, slots[: probe.context_slots], slots[plan.start_slots : end], slots[: plan.kept_slots])
         recorder = _Recorder(method)

@@ -10,6 +10,7 @@ from metasoft_kernels.score import probability_blocks
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS, MetaSoftConfig
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.pipeline import compress_layer
+from sglang_metasoft.reread import make_probe
 from sglang_metasoft.score import load_method
 from sglang_metasoft.score.expected_attention import FUTURE_TOKENS, mean_rotation, rotate
 from sglang_metasoft.score.q_filters import CALIBRATION_TOKENS
@@ -36,7 +37,7 @@ GROUPS, RATIO, D = SHAPE.num_kv_heads, SHAPE.num_heads // SHAPE.num_kv_heads, SH
 
 def compress(method, consolidation, kept=KEPT, pool=None, empty=False, spoil=None):
     method = make_method(method, consolidation=consolidation)
-    probe = method.probe(make_prompt())
+    probe = make_probe(method, make_prompt(), method.config)
     if empty:
         probe = probe._replace(embeds=probe.embeds[:0])
     q, k, v = make_tensors(probe.embeds.shape[0])

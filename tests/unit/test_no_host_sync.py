@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sglang_metasoft.batch import FUSED_CONSOLIDATIONS, FusedBatch
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS
 from sglang_metasoft.pipeline import compress_layer
+from sglang_metasoft.reread import make_probe
 from sglang_metasoft.types import Job, Plan, Probe, Prompt
 from tests.kernels.launches import record
 from tests.unit.methods import KEPT, SHAPE, TAIL, make_job, make_method, make_pool, make_prompt, make_tensors
@@ -30,7 +31,7 @@ def test_a_layer_is_compressed_without_reading_a_value(name, consolidation, kern
     with FakeTensorMode():
         device = torch.device("cuda")
         method = make_method(name, monkeypatch, device, consolidation=consolidation, kernels=kernels)
-        job = make_job(method.probe(make_prompt(device)), device=device)
+        job = make_job(make_probe(method, make_prompt(device), method.config), device=device)
         t = job.probe.embeds.shape[0]
         q, k, v = make_tensors(t, device)
         out, routes, merged, is_finite = compress_layer(

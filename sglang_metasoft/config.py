@@ -173,8 +173,8 @@ class MetaSoftConfig:
         flag=None,
         allowed="an integer from 0 to 65536",
         check=lambda value: _is_int_from(0)(value) and value <= 65536,
-        help="Prompt tokens, an eighth of the span at most, that run through the model once more behind the probe, for "
-        "a consolidation that refits values (least_squares); others read none.",
+        help="Prompt tokens that run through the model once more behind the probe, for a consolidation that refits "
+        "values (least_squares; others read none): whole runs of 64, one at least, else an eighth of the span at most.",
     )
     gate_scale: float | None = _setting(
         None,

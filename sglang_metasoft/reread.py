@@ -29,7 +29,8 @@ def with_reread(probe: Probe, prompt: Prompt, embed: Embed, tokens: int) -> Prob
         probe: ``[t, D]`` tokens that rank.
         prompt: where the tokens are taken from.
         embed: ids to ``[n, D]``.
-        tokens: to append, at most an eighth of the span; whole runs of RUN_TOKENS, one at least. 0: none.
+        tokens: to append, in whole runs of RUN_TOKENS: one at least (the prompt's end), else an eighth of the span at
+            most. 0, or a span shorter than a run: none.
 
     Returns:
         The longer probe, with ``ranking_tokens`` set.

@@ -71,7 +71,7 @@ def test_what_is_read_again_ranks_nothing_and_refits_more(monkeypatch):
     direction = torch.randn(1, heads, d, generator=generator)  # what is read again asks for other entries
     q = torch.randn(32 + 2 * again, heads, d, generator=generator)
     q[32:] = q[32:] * 0.3 + direction
-    k, v = (torch.full((len(q), groups, d), fill) for fill in (0.0, 0.0))
+    k = v = torch.zeros(len(q), groups, d)
     q, later = q[: 32 + again], q[32 + again :]
     slots = torch.arange(span)
     config = MetaSoftConfig(consolidation="least_squares")

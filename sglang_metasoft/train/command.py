@@ -39,7 +39,7 @@ HELP = {
     "seed": "of everything random",
     "dtype": "of the frozen model",
     "device": "cpu, cuda, or cuda:N; several GPUs: `accelerate launch -m sglang_metasoft.cli train ...`",
-    "init": "compressor to start from",
+    "init": "compressor of the same method to start from",
     "prepared": "where prepared prompts are kept (default: OUTPUT/prepared)",
     "exclude": "held-out text (folder or file); passages sharing 13 words in a row with it are passed over",
 }

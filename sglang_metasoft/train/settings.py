@@ -66,8 +66,6 @@ class TrainSettings:
                 raise ValueError(
                     f"train {name}: {getattr(self, name)!r} is not allowed; allowed: one of: {', '.join(allowed)}"
                 )
-        if self.init is not None and self.method != "metasoft":
-            raise ValueError(f"train init: {str(self.init)!r} with method {self.method}; allowed: with metasoft alone")
         if self.selector_features != "both" and (self.init is not None or self.method != "metasoft"):
             raise ValueError(
                 f"train selector_features: {self.selector_features!r} with "

@@ -5,6 +5,7 @@ from torch import nn
 
 from sglang_metasoft.entry_scorer import MASS_FLOOR
 from sglang_metasoft.soft_tokens import LIBRARY_ROWS, SoftTokens
+from sglang_metasoft.static_tokens import StaticTokens
 from sglang_metasoft.train.attention import Probing
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.prepare import Context
@@ -117,6 +118,15 @@ class Static(Student):
         table = backbone.model.get_input_embeddings().weight.float()
         picked = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))[:count]
         return cls(table[picked.to(table.device)].clone())
+
+    @classmethod
+    def load(cls, backbone: Backbone, path: str) -> "Static":
+        """Go on from trained static soft tokens.
+
+        Raises:
+            ValueError: as :meth:`sglang_metasoft.static_tokens.StaticTokens.load`.
+        """
+        return cls(StaticTokens.load(path, backbone.shape, backbone.embed, backbone.device).tokens)
 
     def tokens(self, backbone, context, noise):
         return self.static_tokens

@@ -51,10 +51,10 @@ class Trainer:
 
     def _create_student(self) -> Student:
         s = self.settings
+        if s.init is not None:
+            return (Static if s.method == "judge_q" else Dynamic).load(self.backbone, str(s.init))
         if s.method == "judge_q":
             return Static.create(self.backbone, s.soft_tokens, s.seed)
-        if s.init is not None:
-            return Dynamic.load(self.backbone, str(s.init))
         student = Dynamic.create(self.backbone, s.soft_tokens, s.scorer_width, s.selector_features, s.seed)
         student.soft.gate_scale.data.fill_(s.gate)
         return student

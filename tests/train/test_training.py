@@ -151,6 +151,21 @@ def test_static_tokens_are_written_as_judge_q(settings):
     assert sorted(tensors) == ["embedding_check", "static_tokens"]
 
 
+@pytest.mark.parametrize("method, tensor", [("metasoft", "library"), ("judge_q", "static_tokens")])
+def test_a_run_starts_from_a_compressor(settings, method, tensor):
+    first = settings(method=method)
+    train(first)
+    trained = load_file(first.output / "compressor" / "model.safetensors")[tensor].float()
+    second = settings(
+        method=method, init=first.output / "compressor", output=first.output.with_name("second"), learning_rate=1e-9
+    )
+    train(second)
+    torch.testing.assert_close(weights(second.output)[f"module.{'soft.' * (method == 'metasoft')}{tensor}"], trained)
+    other = "judge_q" if method == "metasoft" else "metasoft"
+    with pytest.raises(ValueError, match=f"method '?{method}"):
+        train(settings(method=other, init=first.output / "compressor", output=first.output.with_name("third")))
+
+
 def test_the_command_names_what_is_wrong(capsys, tmp_path, tiny_model, corpus):
     def run(*flags) -> str:
         base = ["train", "--model", str(tiny_model), "--data", str(corpus), "--output", str(tmp_path / "out")]

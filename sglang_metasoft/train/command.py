@@ -27,6 +27,7 @@ HELP = {
     "map_loss": "between the importance and the target map: kl, or squared (the paper's)",
     "lost_weight": "weight of the attention lost at a cut, beside the divergence",
     "answer_weight": "weight of the change in answers under a soft cut; 0: attention maps alone",
+    "ratios": "prompt tokens per kept entry that the loss cuts at; each context draws one of these",
     "gate": "scale of the consolidation's gate in the compressor, not trained; 1: the paper's",
     "min_prefix_tokens": "shortest prefix",
     "max_prefix_tokens": "longest usual prefix; one in ten has up to three times as many tokens",
@@ -60,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if field.name == "exclude":
             parser.add_argument(flag, type=Path, action="append", default=[], **options)
             continue
+        if field.name == "ratios":
+            shown = " ".join(f"{ratio:g}" for ratio in field.default)
+            options["help"] += f" (default: {shown})"
+            parser.add_argument(flag, type=float, nargs="+", default=field.default, **options)
+            continue
         kind = Path if field.name in ("init", "prepared") else kinds[field.name]
         if field.name in CHOICES:
             options["choices"] = CHOICES[field.name]
@@ -74,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, or continue an interrupted run; returns the exit code."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainSettings)}
     try:
-        train(TrainSettings(**values | {"exclude": tuple(values["exclude"])}))
+        train(TrainSettings(**values | {name: tuple(values[name]) for name in ("exclude", "ratios")}))
     except ValueError as error:
         print(f"sglang-metasoft train: {error}", file=sys.stderr)
         return 2

@@ -35,6 +35,7 @@ class TrainSettings:
     map_loss: str = "kl"  # between target and importance; squared: the paper's
     lost_weight: float = 1.0  # of the attention lost at a cut, beside the divergence
     answer_weight: float = 1.0  # of the change in the answers' next-token distributions; 0: attention maps alone
+    ratios: tuple[float, ...] = (3.0, 4.0, 4.0, 8.0, 8.0, 16.0)  # of the soft cut; each context draws one of them
     gate: float = 0.0  # scale of the consolidation's gate, not trained; 1: the paper's, which raised the answers' loss
     min_prefix_tokens: int = 350
     max_prefix_tokens: int = 800
@@ -61,6 +62,9 @@ class TrainSettings:
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"train {name}: {getattr(self, name)!r} is not allowed; allowed: at least {low}")
+        for ratio in self.ratios or [None]:
+            if ratio is None or not 1 < ratio < float("inf"):
+                raise ValueError(f"train ratios: {ratio!r} is not allowed; allowed: one number above 1, or several")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(

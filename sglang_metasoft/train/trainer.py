@@ -19,7 +19,6 @@ from sglang_metasoft.train.student import Dynamic, Static, Student
 
 WARM_UP_STEPS = 20
 LAST_RATE = 0.1  # of the learning rate, at the end
-RATIOS = (3.0, 4.0, 4.0, 8.0, 8.0, 16.0)
 PROBE_SHARE = 0.5  # weight of the probe's own divergence, beside that of the refined importance
 NOISE, NOISE_UNTIL = 0.3, 0.5  # Gumbel noise on the selection, fading until this share of the steps
 SELECTOR_RATE, SCORER_RATE = 0.05, 0.15  # of the learning rate
@@ -123,7 +122,7 @@ class Trainer:
             rng = random.Random(f"{s.seed}:context:{number}")
             at_boundary = number % 2 == 1
             context = self._context(self._case_number(number), at_boundary, rng)
-            terms = self._losses(context, rng.choice(RATIOS), self._noise(step, rng), rng)
+            terms = self._losses(context, rng.choice(s.ratios), self._noise(step, rng), rng)
             total = sum(weight * term for weight, term in terms.values())
             (total / s.batch).backward()
             kind = "boundary" if at_boundary else "inside"

@@ -151,6 +151,18 @@ def test_static_tokens_are_written_as_judge_q(settings):
     assert sorted(tensors) == ["embedding_check", "static_tokens"]
 
 
+def test_the_loss_cuts_at_the_ratios_that_were_given(settings):
+    made = []
+    for name, ratios in (("low", (2.0,)), ("high", (30.0,)), ("again", (30.0,))):
+        s = settings(ratios=ratios, output=settings().output.with_name(name))
+        train(s)
+        row = json.loads((s.output / "curves.jsonl").read_text().splitlines()[0])
+        made.append((row["divergence"], row["lost"]))
+    (low, lost_low), (high, lost_high), again = made
+    assert again == (high, lost_high)
+    assert low == high and lost_low < lost_high  # the first step's map loss has no cut; a higher ratio loses more
+
+
 @pytest.mark.parametrize("method, tensor", [("metasoft", "library"), ("judge_q", "static_tokens")])
 def test_a_run_starts_from_a_compressor(settings, method, tensor):
     first = settings(method=method)
@@ -173,6 +185,7 @@ def test_the_command_names_what_is_wrong(capsys, tmp_path, tiny_model, corpus):
         return capsys.readouterr().err
 
     assert "soft_tokens: 0 is not allowed; allowed: at least 1" in run("--soft-tokens", "0")
+    assert "ratios: 1.0 is not allowed; allowed: one number above 1" in run("--ratios", "4", "1")
     assert "'/no/such' is not a causal language model" in run("--model", "/no/such")
     assert "holds no text" in run("--data", str(tmp_path))
     bad = tmp_path / "bad.jsonl"

@@ -59,8 +59,8 @@ eval: $(MODEL)
 	  --modes inside after --cases 5 --output .eval-results/ruler.jsonl
 	$(BIN)/sglang-metasoft eval-report .eval-results/ruler.jsonl --output .eval-results
 
-# The longer training of docs/training.md, whose compressor is not the shipped one: two hours on one CPU core.
-# What made the shipped compressor: attention maps first, then with the answers in the loss.
+# Training from scratch as in docs/training.md: attention maps first, then with the answers in the loss. Its compressor is not
+# the shipped one. An hour and a half on one CPU core.
 TRAIN_DEMO = $(BIN)/sglang-metasoft train --model $(dir $(MODEL)) --data .train-data --exclude .eval-data \
   --prepared .train-run/prepared --cases 300 --max-prefix-tokens 1000 --repeat-share 0.5 --selector-steps 20 \
   --validate-every 800

@@ -2,17 +2,19 @@
 
     python benchmarks/gpu.py stages  [--prompt-tokens 32768] [--ratio 4]
     python benchmarks/gpu.py latency [--model demo] [--prompt-tokens 32768]
-    python benchmarks/gpu.py load    [--model demo] [--prompt-tokens 32768]
+    python benchmarks/gpu.py load    [--model demo] [--prompt-tokens 32768] [-- --attention-backend triton]
 
 ``--model llama-8b`` (the default) has the shape of Llama-3.1-8B with random weights; ``demo`` is the demo model. Plain
-SGLang and SGLang with ``--enable-metasoft`` are measured in the same run, one after the other. Without a GPU this only
-says what it would measure; ``--cpu`` runs it all the same. Each result is one line of JSON.
+SGLang and SGLang with ``--enable-metasoft`` are measured in the same run, one after the other; what follows ``--`` are
+further flags of both. Without a GPU this only says what it would measure; ``--cpu`` runs it all the same. Each result
+is one line of JSON.
 """
 
 import argparse
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -124,7 +126,7 @@ def run_servers(args, measure, common: list[str]) -> None:
                 return [source.randrange(vocab_size) for _ in range(args.prompt_tokens)]
 
             log = Path(scratch) / f"{name}.log"
-            with Server(model, [*flags, *common, *own, "--enable-metrics"], log=log) as server:
+            with Server(model, [*flags, *common, *own, *args.flags, "--enable-metrics"], log=log) as server:
                 server.generate(make_prompt()[:1000], 4)
                 report(what=args.what, server=name, model=args.model, prompt_tokens=args.prompt_tokens,
                        ratio=args.ratio, **measure(server, make_prompt))  # fmt: skip
@@ -186,7 +188,9 @@ def main() -> None:
     parser.add_argument("--ratio", type=int, default=4)
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--cpu", action="store_true", help="measure although there is no GPU")
-    args = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args = parser.parse_args(sys.argv[1:end])
+    args.flags = sys.argv[end + 1 :]
     if not torch.cuda.is_available() and not args.cpu:
         print(f"No GPU here. Would measure: {MEASURES[args.what].__doc__}")
         return

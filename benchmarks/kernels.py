@@ -4,9 +4,11 @@
                                  [--band 4096] [--prompts 1]
 
 Bytes and flops are counted from shapes: what a stage must at least read, write and multiply. On a GPU each stage is
-timed, and so are a copy, a bf16 product and this prompt's prefill (attention by FlashInfer, or by torch where that is
-absent, and the layer's products), all in the same run. Without a GPU, times are **projections**: the larger of bytes
-over an H200's nominal bandwidth and flops over its nominal dense bf16 rate. Each result is one line of JSON.
+timed as replays of a CUDA graph (the device's own time) and launch by launch (``microseconds_launched``: the larger of
+that and the host's time), and so are a copy, a bf16 product and this prompt's prefill (attention by FlashInfer, or by
+torch where that is absent, and the layer's products), all in the same run. Without a GPU, times are **projections**:
+the larger of bytes over an H200's nominal bandwidth and flops over its nominal dense bf16 rate. Each result is one line
+of JSON.
 """
 
 import argparse
@@ -51,6 +53,7 @@ class Model(NamedTuple):
 
 MODELS = {
     "llama-3.1-8b": Model(32, 4096, 32, 8, 128, 14336),
+    "llama-3.2-1b": Model(16, 2048, 32, 8, 64, 8192),
     "qwen3-8b": Model(36, 4096, 32, 8, 128, 12288),
 }
 
@@ -110,7 +113,7 @@ def probe_flops(model: Model, batch: Batch) -> float:
 
 
 def milliseconds(run, repeats: int = REPEATS) -> float:
-    """Median device time."""
+    """Median time between two events around one run."""
     run()
     times = []
     for _ in range(repeats):
@@ -121,6 +124,16 @@ def milliseconds(run, repeats: int = REPEATS) -> float:
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times)
+
+
+def graph_milliseconds(run, repeats: int = REPEATS) -> float:
+    """Median time of a CUDA graph that holds one run: the device's own, without what the host takes to launch."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return milliseconds(graph.replay, repeats)
 
 
 def measure_device() -> Cost:
@@ -159,14 +172,16 @@ def measure_stages(model: Model, batch: Batch) -> dict[str, float]:
     target, weight = route_kernels.route(*route)
     merge = (value, span_slots, mass, kept_rows, dropped_rows, target, weight, kept, gate, 1.0, dtype)
     merged, _ = merge_kernels.attention_flow(*merge)
-    times = {
-        "probe": milliseconds(lambda: probe_kernels.attend(*own_probe)),
-        "score": milliseconds(lambda: score_kernels.importance(*score)),
-        "select": milliseconds(lambda: select_kernels.split_top(mass, sinks, span, kept, dropped)),
-        "route": milliseconds(lambda: route_kernels.route(*route), 5),
-        "merge": milliseconds(lambda: merge_kernels.attention_flow(*merge)),
-        "move": milliseconds(lambda: move_kernels.move(key, value, span_slots, kept_rows, new_slots, merged)),
+    stages = {
+        "probe": lambda: probe_kernels.attend(*own_probe),
+        "score": lambda: score_kernels.importance(*score),
+        "select": lambda: select_kernels.split_top(mass, sinks, span, kept, dropped),
+        "route": lambda: route_kernels.route(*route),
+        "merge": lambda: merge_kernels.attention_flow(*merge),
+        "move": lambda: move_kernels.move(key, value, span_slots, kept_rows, new_slots, merged),
     }
+    times = {stage: graph_milliseconds(run) for stage, run in stages.items()}
+    times |= {f"{stage}_launched": milliseconds(run) for stage, run in stages.items()}
     if prompts == 1:
         times["select_by_torch_sort"] = milliseconds(lambda: select_naive.split_top(mass, kept_slots, SINK))
         times["select_by_torch_topk"] = milliseconds(lambda: topk_of_composite_keys(mass, kept_slots))
@@ -231,19 +246,23 @@ def report(name: str, batch: Batch, device: Cost | None) -> dict:
             "mega_bytes": round(cost.bytes / 1e6, 1),
             "giga_flops": round(cost.flops / 1e9, 1),
             "microseconds": round(1e3 * times[stage], 1),
+            "microseconds_launched": round(1e3 * times[f"{stage}_launched"], 1) if device else None,
             "share_of_roofline": round(floors[stage] / times[stage], 2) if device else None,
         }
         for stage, cost in costs.items()
     }
+    others = [key for key in times if key.removesuffix("_launched") not in costs]
     whole_ms = sum(times[stage] for stage in costs)
+    flowless_ms = whole_ms - times["route"] - times["merge"]
     return {
         "times": "measured" if device else "PROJECTED from nominal H200 peaks, nothing was run",
         "model": name, "prompts": batch.prompts, "prompt_tokens": batch.tokens, "ratio": batch.ratio,
         "band": batch.band, "stages_of_a_layer": stages,
-        "others_microseconds": {key: round(1e3 * value, 1) for key, value in times.items() if key not in costs},
+        "others_microseconds": {key: round(1e3 * times[key], 1) for key in others},
         "compression_ms": round(model.layers * (whole_ms + body_ms), 2),
         "prefill_ms": round(model.layers * prefill_ms, 1),
         "compression_percent_of_prefill": round(100 * (whole_ms + body_ms) / prefill_ms, 2),
+        "without_consolidation_percent_of_prefill": round(100 * (flowless_ms + body_ms) / prefill_ms, 2),
         "probe_percent_of_prefill": round(100 * (times["probe"] + body_ms) / prefill_ms, 2),
         "probe_attention_percent_of_prefill": round(100 * times["probe"] / prefill_ms, 2),
     }  # fmt: skip

@@ -49,7 +49,7 @@ def route(
     shape = (groups, dropped.total, targets)
     target = torch.empty(shape, dtype=torch.int32, device=k_buffer.device)
     weight = torch.empty(shape, dtype=torch.float32, device=k_buffer.device)
-    block_rows, block_kept = rows_for(d, dtype), rows_for(d, dtype)
+    block_rows, block_kept = rows_for(d, dtype, most=64), rows_for(d, dtype)
     width = min(band or kept.longest, kept.longest)
     _route[(triton.cdiv(dropped.longest, block_rows), groups, dropped.count)](
         k_buffer, slots, kept_rows, dropped_rows, target, weight, kept.starts, dropped.starts, kept.total,

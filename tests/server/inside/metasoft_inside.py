@@ -313,4 +313,4 @@ def digest(scheduler, slots: torch.Tensor) -> tuple:
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
     layers = torch.linspace(0, pool.layer_num - 1, CHECKED_LAYERS).long().tolist()
     entries = [buffer(layer)[slots] for layer in layers for buffer in (pool.get_key_buffer, pool.get_value_buffer)]
-    return tuple(hash(tensor.contiguous().view(torch.uint8).numpy().tobytes()) for tensor in entries)
+    return tuple(hash(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()) for tensor in entries)

@@ -40,10 +40,11 @@ HELP = {
     "seed": "of everything random",
     "dtype": "of the frozen model",
     "device": "cpu, cuda, or cuda:N; several GPUs: `accelerate launch -m sglang_metasoft.cli train ...`",
-    "init": "compressor of the same method to start from",
+    "init": "compressor of the same method to start from; of several, their mean (with --steps 0 that alone)",
     "prepared": "where prepared prompts are kept (default: OUTPUT/prepared)",
     "exclude": "held-out text (folder or file); passages sharing 13 words in a row with it are passed over",
 }
+SEVERAL = {"ratios": float, "init": Path}  # flags that take one value or more
 
 
 def main(argv: list[str]) -> int:
@@ -61,12 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if field.name == "exclude":
             parser.add_argument(flag, type=Path, action="append", default=[], **options)
             continue
-        if field.name == "ratios":
-            shown = " ".join(f"{ratio:g}" for ratio in field.default)
-            options["help"] += f" (default: {shown})"
-            parser.add_argument(flag, type=float, nargs="+", default=field.default, **options)
+        if field.name in SEVERAL:
+            if field.default:
+                options["help"] += f" (default: {' '.join(f'{value:g}' for value in field.default)})"
+            parser.add_argument(flag, type=SEVERAL[field.name], nargs="+", default=field.default, **options)
             continue
-        kind = Path if field.name in ("init", "prepared") else kinds[field.name]
+        kind = Path if field.name == "prepared" else kinds[field.name]
         if field.name in CHOICES:
             options["choices"] = CHOICES[field.name]
         if field.default is dataclasses.MISSING:
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, or continue an interrupted run; returns the exit code."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(TrainSettings)}
     try:
-        train(TrainSettings(**values | {name: tuple(values[name]) for name in ("exclude", "ratios")}))
+        train(TrainSettings(**values | {name: tuple(values[name]) for name in ("exclude", *SEVERAL)}))
     except ValueError as error:
         print(f"sglang-metasoft train: {error}", file=sys.stderr)
         return 2

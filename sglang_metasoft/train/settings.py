@@ -48,16 +48,16 @@ class TrainSettings:
     seed: int = 0
     dtype: str = "float32"
     device: str = "cpu"
-    init: Path | None = None  # a compressor to start from, in place of rows of the embedding table
+    init: tuple[Path, ...] = ()  # compressors whose mean to start from, in place of rows of the embedding table
     prepared: Path | None = None  # folder of prepared cases; default: inside the output folder
     exclude: tuple[Path, ...] = ()  # held-out text; passages that share 13 words in a row are passed over
 
     def __post_init__(self) -> None:
         least = dict(
-            soft_tokens=1, scorer_width=0, cases=1, steps=1, selector_steps=0, batch=1, min_prefix_tokens=64,
-            max_prefix_tokens=self.min_prefix_tokens, answer_tokens=1, window=1, validation_cases=1, validate_every=1,
-            checkpoint_every=1, learning_rate=1e-9, orthogonality=0, lost_weight=0, answer_weight=0, gate=0,
-            repeat_share=0,
+            soft_tokens=1, scorer_width=0, cases=1, steps=0 if self.init else 1, selector_steps=0, batch=1,
+            min_prefix_tokens=64, max_prefix_tokens=self.min_prefix_tokens, answer_tokens=1, window=1,
+            validation_cases=1, validate_every=1, checkpoint_every=1, learning_rate=1e-9, orthogonality=0,
+            lost_weight=0, answer_weight=0, gate=0, repeat_share=0,
         )  # fmt: skip
         for name, low in least.items():
             if not getattr(self, name) >= low:
@@ -70,10 +70,10 @@ class TrainSettings:
                 raise ValueError(
                     f"train {name}: {getattr(self, name)!r} is not allowed; allowed: one of: {', '.join(allowed)}"
                 )
-        if self.selector_features != "both" and (self.init is not None or self.method != "metasoft"):
+        if self.selector_features != "both" and (self.init or self.method != "metasoft"):
             raise ValueError(
                 f"train selector_features: {self.selector_features!r} with "
-                f"{f'method {self.method}' if self.init is None else f'init {str(self.init)!r}'}; "
+                f"{f'init {self._init_paths()!r}' if self.init else f'method {self.method}'}; "
                 f"allowed: 'both', or a new compressor of method metasoft"
             )
         if self.method == "judge_q" and self.orthogonality:
@@ -87,4 +87,8 @@ class TrainSettings:
     def fingerprint(self) -> dict:
         """What must not change between an interrupted run and its continuation."""
         free = {"output", "validate_every", "checkpoint_every", "prepared", "device", "validation_cases"}
-        return {k: str(v) for k, v in dataclasses.asdict(self).items() if k not in free}
+        values = dataclasses.asdict(self) | {"init": self._init_paths() or None}
+        return {k: str(v) for k, v in values.items() if k not in free}
+
+    def _init_paths(self) -> str:
+        return " ".join(map(str, self.init))

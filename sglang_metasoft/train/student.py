@@ -132,6 +132,27 @@ class Static(Student):
         return self.static_tokens
 
 
+@torch.no_grad()
+def mean_of(students: list[Student]) -> Student:
+    """The first of them, with the mean of all weights: of runs that began at the same ones (arXiv 2203.05482).
+
+    Raises:
+        ValueError: they do not have the same tensors.
+    """
+    states = [student.state_dict() for student in students]
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
+    for other in shapes[1:]:
+        for name in sorted(shapes[0].keys() | other.keys()):
+            if shapes[0].get(name) != other.get(name):
+                raise ValueError(
+                    f"train init: {name} is {other.get(name)} in one and {shapes[0].get(name)} in another; "
+                    f"allowed: compressors of one model and one shape"
+                )
+    mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
+    students[0].load_state_dict(mean)
+    return students[0]
+
+
 def entries(context: Context, backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of the span, ``[layers, G, S, d]``."""
     span = len(context.span_ids)

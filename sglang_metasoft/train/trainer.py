@@ -15,7 +15,7 @@ from sglang_metasoft.train.objective import answer_divergence, log_keep, losses,
 from sglang_metasoft.train.prepare import Context, Store
 from sglang_metasoft.train.selection import answer_logits, kept_slots
 from sglang_metasoft.train.settings import TrainSettings
-from sglang_metasoft.train.student import Dynamic, Static, Student
+from sglang_metasoft.train.student import Dynamic, Static, Student, mean_of
 
 WARM_UP_STEPS = 20
 LAST_RATE = 0.1  # of the learning rate, at the end
@@ -50,8 +50,9 @@ class Trainer:
 
     def _create_student(self) -> Student:
         s = self.settings
-        if s.init is not None:
-            return (Static if s.method == "judge_q" else Dynamic).load(self.backbone, str(s.init))
+        if s.init:
+            kind = Static if s.method == "judge_q" else Dynamic
+            return mean_of([kind.load(self.backbone, str(path)) for path in s.init])
         if s.method == "judge_q":
             return Static.create(self.backbone, s.soft_tokens, s.seed)
         student = Dynamic.create(self.backbone, s.soft_tokens, s.scorer_width, s.selector_features, s.seed)
@@ -90,7 +91,7 @@ class Trainer:
         """
         s, main = self.settings, self.accelerator.is_main_process
         scores: dict[str, float] = {}
-        if self.step == 0 and isinstance(self.student, Dynamic) and s.init is None:
+        if self.step == 0 and isinstance(self.student, Dynamic) and not s.init:
             contexts = [self._context(n, n % 2 == 1) for n in range(min(CALIBRATION_CONTEXTS, s.cases))]
             self.student.calibrate(self.backbone, contexts, s.seed)
         bar = tqdm(total=s.total_steps, initial=self.step, disable=not main, desc="training", unit="step")

@@ -169,13 +169,34 @@ def test_a_run_starts_from_a_compressor(settings, method, tensor):
     train(first)
     trained = load_file(first.output / "compressor" / "model.safetensors")[tensor].float()
     second = settings(
-        method=method, init=first.output / "compressor", output=first.output.with_name("second"), learning_rate=1e-9
+        method=method, init=(first.output / "compressor",), output=first.output.with_name("second"), learning_rate=1e-9
     )
     train(second)
     torch.testing.assert_close(weights(second.output)[f"module.{'soft.' * (method == 'metasoft')}{tensor}"], trained)
     other = "judge_q" if method == "metasoft" else "metasoft"
     with pytest.raises(ValueError, match=f"method '?{method}"):
-        train(settings(method=other, init=first.output / "compressor", output=first.output.with_name("third")))
+        train(settings(method=other, init=(first.output / "compressor",), output=first.output.with_name("third")))
+
+
+@pytest.mark.parametrize("method", ["metasoft", "judge_q"])
+def test_the_mean_of_several_runs(settings, method):
+    """Without a step, what is written is the mean of what was read; of other shapes there is none."""
+    made = []
+    for seed in (1, 2):
+        s = settings(method=method, seed=seed, output=settings().output.with_name(f"seed{seed}"))
+        train(s)
+        made.append(s.output / "compressor")
+    out = settings().output.with_name("mean")
+    scores = train(settings(method=method, init=tuple(made), steps=0, selector_steps=0, output=out))
+    first, second, mean = (load_file(path / "model.safetensors") for path in (*made, out / "compressor"))
+    assert mean and not all(torch.equal(first[name], second[name]) for name in mean)
+    for name, tensor in mean.items():
+        assert torch.equal(tensor, torch.stack([first[name].float(), second[name].float()]).mean(0).bfloat16())
+    assert any(name.startswith(f"answer loss {method}") for name in scores)
+    assert (out / "scores.json").is_file() and (out / "compressor" / "curves.png").is_file()
+    train(s := settings(method=method, soft_tokens=3, output=settings().output.with_name("small")))
+    with pytest.raises(ValueError, match="allowed: compressors of one model and one shape"):
+        train(settings(method=method, init=(made[0], s.output / "compressor"), steps=0, output=out.with_name("no")))
 
 
 def test_the_command_names_what_is_wrong(capsys, tmp_path, tiny_model, corpus):
@@ -185,6 +206,7 @@ def test_the_command_names_what_is_wrong(capsys, tmp_path, tiny_model, corpus):
         return capsys.readouterr().err
 
     assert "soft_tokens: 0 is not allowed; allowed: at least 1" in run("--soft-tokens", "0")
+    assert "steps: 0 is not allowed; allowed: at least 1" in run("--steps", "0")
     assert "ratios: 1.0 is not allowed; allowed: one number above 1" in run("--ratios", "4", "1")
     assert "'/no/such' is not a causal language model" in run("--model", "/no/such")
     assert "holds no text" in run("--data", str(tmp_path))

@@ -107,6 +107,7 @@ def pack_code(folder: Path) -> None:
         f"""mkdir -p {UNPACKED} && tar xJf .gpu/code/site.tar.xz -C {UNPACKED}
 export PYTHONPATH=$PWD/{UNPACKED}/site
 python3 -m pip install -q --no-deps --no-index --upgrade --target {UNPACKED}/site .gpu/code/*.whl
+if [ -d .gpu/code/aot ]; then cp -r .gpu/code/aot {UNPACKED}/site/flashinfer/data/; fi
 """,
     )
 

@@ -29,6 +29,16 @@ def kept_slots(context: Context, ratio: float) -> int:
     return min(span, max(math.ceil((span + tail) / ratio) - tail, MIN_KEPT_SLOTS))
 
 
+def cut_slots(context: Context, ratio: float) -> int:
+    """Entries that the training's cut leaves of the span.
+
+    By the span alone: training prompts are shorter than those served, and the raw window taken off their budget would
+    leave next to nothing of them at a high ratio.
+    """
+    span = len(context.span_ids)
+    return min(span, max(math.ceil(span / ratio), MIN_KEPT_SLOTS))
+
+
 def top(log_importance: torch.Tensor, kept: int) -> torch.Tensor:
     """``[layers, G, B]`` indices kept, sinks included."""
     return torch.stack([split_top(layer, kept, SINKS)[0] for layer in log_importance.float()])

@@ -13,7 +13,7 @@ from sglang_metasoft.train.curves import Curves
 from sglang_metasoft.train.dataset import Dataset
 from sglang_metasoft.train.objective import answer_divergence, log_keep, losses, orthogonality
 from sglang_metasoft.train.prepare import Context, Store
-from sglang_metasoft.train.selection import answer_logits, kept_slots
+from sglang_metasoft.train.selection import answer_logits, cut_slots
 from sglang_metasoft.train.settings import TrainSettings
 from sglang_metasoft.train.student import Dynamic, Static, Student, mean_of
 
@@ -160,7 +160,7 @@ class Trainer:
             number = rng.randrange(len(context.answers))
             with torch.no_grad():
                 full = answer_logits(self.backbone, context, number)
-            fading = Fading(log_keep(importance, kept_slots(context, ratio)))
+            fading = Fading(log_keep(importance, cut_slots(context, ratio)))
             faded = answer_logits(self.backbone, context, number, attend=fading)
             terms["answer divergence"] = (s.answer_weight, answer_divergence(full, faded))
         if s.method == "metasoft" and s.scorer_width:

@@ -20,7 +20,7 @@ from sglang_metasoft.train.dataset import Dataset
 from sglang_metasoft.train.generators import GENERATORS
 from sglang_metasoft.train.objective import losses
 from sglang_metasoft.train.prepare import prepare
-from sglang_metasoft.train.selection import answer_score, kept_slots, shorten, top
+from sglang_metasoft.train.selection import answer_score, cut_slots, kept_slots, shorten, top
 from sglang_metasoft.train.texts import HeldOut, read_corpus
 from sglang_metasoft.types import Job, LayerPool, LayerView, Plan, Probe
 
@@ -103,6 +103,8 @@ def test_keeping_everything_changes_no_answer(backbone, prepared):
         kept = top(context.target, len(context.span_ids))
         assert answer_score(backbone, context, shorten(context, kept)).loss == pytest.approx(full.loss, abs=1e-4)
         assert kept_slots(context, 4) >= 16
+        span = len(context.span_ids)
+        assert [cut_slots(context, ratio) for ratio in (1.5, 2.0, 1000.0)] == [-(-2 * span // 3), -(-span // 2), 16]
 
 
 def test_a_perfect_ranking_has_no_divergence_and_a_gradient_reaches_the_cut():

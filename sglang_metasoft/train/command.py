@@ -27,6 +27,7 @@ HELP = {
     "map_loss": "between the importance and the target map: kl, or squared (the paper's)",
     "lost_weight": "weight of the attention lost at a cut, beside the divergence",
     "answer_weight": "weight of the change in answers under a soft cut; 0: attention maps alone",
+    "answer_cut": "the answers' soft cut is by the span, or by the prompt's budget less the raw window, as served",
     "ratios": "span tokens per kept entry that the losses cut at; each context draws one of these",
     "gate": "scale of the consolidation's gate in the compressor, not trained; 1: the paper's",
     "min_prefix_tokens": "shortest prefix",

@@ -29,12 +29,15 @@ def kept_slots(context: Context, ratio: float) -> int:
     return min(span, max(math.ceil((span + tail) / ratio) - tail, MIN_KEPT_SLOTS))
 
 
-def cut_slots(context: Context, ratio: float) -> int:
-    """Entries that the training's cut leaves of the span.
+def cut_slots(context: Context, ratio: float, by: str = "span") -> int:
+    """Entries that the answers' cut leaves of the span.
 
-    By the span alone: training prompts are shorter than those served, and the raw window taken off their budget would
-    leave next to nothing of them at a high ratio.
+    Args:
+        by: ``prompt`` for B as the server's policy sets it, ``span`` for that share of the span: training prompts are
+            shorter than those served, and with the raw window taken off their budget they keep next to nothing.
     """
+    if by == "prompt":
+        return kept_slots(context, ratio)
     span = len(context.span_ids)
     return min(span, max(math.ceil(span / ratio), MIN_KEPT_SLOTS))
 

@@ -8,7 +8,10 @@ from sglang_metasoft.train.objective import MAP_LOSSES
 METHODS = ("metasoft", "judge_q")
 FEATURES = {"both": (True, True), "span": (True, False), "tail": (False, True), "none": (False, False)}
 DTYPES = ("float32", "bfloat16")
-CHOICES = {"method": METHODS, "dtype": DTYPES, "selector_features": tuple(FEATURES), "map_loss": MAP_LOSSES}
+CUTS = ("span", "prompt")
+CHOICES = {
+    "method": METHODS, "dtype": DTYPES, "selector_features": tuple(FEATURES), "map_loss": MAP_LOSSES, "answer_cut": CUTS
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,7 @@ class TrainSettings:
     map_loss: str = "kl"  # between target and importance; squared: the paper's
     lost_weight: float = 1.0  # of the attention lost at a cut, beside the divergence
     answer_weight: float = 1.0  # of the change in the answers' next-token distributions; 0: attention maps alone
+    answer_cut: str = "span"  # what the answers' cut goes by: the span, or the whole prompt's budget as in the server
     ratios: tuple[float, ...] = (3.0, 4.0, 4.0, 8.0, 8.0, 16.0)  # of the soft cut; each context draws one of them
     gate: float = 0.0  # scale of the consolidation's gate, not trained; 1: the paper's, which raised the answers' loss
     min_prefix_tokens: int = 350

@@ -160,7 +160,7 @@ class Trainer:
             number = rng.randrange(len(context.answers))
             with torch.no_grad():
                 full = answer_logits(self.backbone, context, number)
-            fading = Fading(log_keep(importance, cut_slots(context, ratio)))
+            fading = Fading(log_keep(importance, cut_slots(context, ratio, s.answer_cut)))
             faded = answer_logits(self.backbone, context, number, attend=fading)
             terms["answer divergence"] = (s.answer_weight, answer_divergence(full, faded))
         if s.method == "metasoft" and s.scorer_width:

@@ -105,6 +105,7 @@ def test_keeping_everything_changes_no_answer(backbone, prepared):
         assert kept_slots(context, 4) >= 16
         span = len(context.span_ids)
         assert [cut_slots(context, ratio) for ratio in (1.5, 2.0, 1000.0)] == [-(-2 * span // 3), -(-span // 2), 16]
+        assert cut_slots(context, 4, "prompt") == kept_slots(context, 4)
 
 
 def test_a_perfect_ranking_has_no_divergence_and_a_gradient_reaches_the_cut():

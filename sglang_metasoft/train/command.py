@@ -41,7 +41,7 @@ HELP = {
     "seed": "of everything random",
     "dtype": "of the frozen model",
     "device": "cpu, cuda, or cuda:N; several GPUs: `accelerate launch -m sglang_metasoft.cli train ...`",
-    "init": "compressor of the same method to start from; of several, their mean (with --steps 0 that alone)",
+    "init": "compressor of the same method to start from; of several, their mean (alone: --steps 0 --selector-steps 0)",
     "prepared": "where prepared prompts are kept (default: OUTPUT/prepared)",
     "exclude": "held-out text (folder or file); passages sharing 13 words in a row with it are passed over",
 }

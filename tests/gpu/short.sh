@@ -2,7 +2,7 @@
 # What a few minutes on a GPU are best spent on, the unproven first (docs/gpu.md). Usage: tests/gpu/short.sh LOGS [SECONDS]
 #
 # Each line of servers has a process of its own, so that one that hangs costs only itself; all run side by side, since a
-# server of the demo model needs 5 GB and one core. The benchmarks come last and alone.
+# server of the demo model needs 5 GB and one core. Then, alone, the benchmark of the kernels, and last their tests.
 set -u
 logs=${1:?folder for logs}
 seconds=${2:-240}

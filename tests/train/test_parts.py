@@ -103,6 +103,10 @@ def test_keeping_everything_changes_no_answer(backbone, prepared):
         kept = top(context.target, len(context.span_ids))
         assert answer_score(backbone, context, shorten(context, kept)).loss == pytest.approx(full.loss, abs=1e-4)
         assert kept_slots(context, 4) >= 16
+
+
+def test_the_answers_cut_goes_by_the_span_or_by_the_prompts_budget(prepared):
+    for context in (prepared.inside(0, 16), prepared.boundary(16)):
         span = len(context.span_ids)
         assert [cut_slots(context, ratio) for ratio in (1.5, 2.0, 1000.0)] == [-(-2 * span // 3), -(-span // 2), 16]
         assert cut_slots(context, 4, "prompt") == kept_slots(context, 4)

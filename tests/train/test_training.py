@@ -163,6 +163,18 @@ def test_the_loss_cuts_at_the_ratios_that_were_given(settings):
     assert low == high and lost_low < lost_high  # the first step's map loss has no cut; a higher ratio loses more
 
 
+def test_the_answers_are_cut_as_the_setting_says(settings):
+    first_steps = []
+    for cut in ("span", "prompt"):
+        s = settings(answer_cut=cut, ratios=(2.0,), output=settings().output.with_name(cut))
+        train(s)
+        first_steps.append(json.loads((s.output / "curves.jsonl").read_text().splitlines()[0]))
+    by_span, by_prompt = first_steps
+    assert by_span["lost inside"] == by_prompt["lost inside"]  # the maps' cut is by the span in both
+    assert by_span["answer divergence inside"] != by_prompt["answer divergence inside"]
+    assert by_span["answer divergence boundary"] == by_prompt["answer divergence boundary"]  # nothing follows the span
+
+
 @pytest.mark.parametrize("method, tensor", [("metasoft", "library"), ("judge_q", "static_tokens")])
 def test_a_run_starts_from_a_compressor(settings, method, tensor):
     first = settings(method=method)

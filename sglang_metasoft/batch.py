@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from metasoft_kernels.merge import gate_of_heads
 from metasoft_kernels.merge.fused import attention_flow
+from metasoft_kernels.merge.key_bias import key_bias
 from metasoft_kernels.ragged import ragged
 from metasoft_kernels.route.fused import route
 from metasoft_kernels.score.fused import importance as mean_attention
@@ -17,10 +18,11 @@ from metasoft_kernels.select.fused import split_top
 
 from sglang_metasoft.clock import Clock, no_clock
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.repeats import favour_one_of_each
 from sglang_metasoft.score.base import Method
 from sglang_metasoft.types import Job, LayerPool, LayerView
 
-FUSED_CONSOLIDATIONS = ("none", "attention_flow")
+FUSED_CONSOLIDATIONS = ("none", "attention_flow", "key_bias")  # the last ranks and biases in torch, job by job
 
 
 class Consolidated(NamedTuple):
@@ -28,6 +30,7 @@ class Consolidated(NamedTuple):
 
     kept_rows: torch.Tensor  # [G, sum B] int32, entries along the axis of all spans
     values: torch.Tensor | None  # [sum B, G, d] merged values; None: those of the kept entries
+    key_moves: torch.Tensor | None  # [sum B, G, d] float32, added to the kept keys; None: nothing
 
 
 def is_fused(method: Method, config: MetaSoftConfig) -> bool:
@@ -66,6 +69,7 @@ class FusedBatch:
         consolidation = config.consolidation or method.default_consolidation
         targets = min(config.route_targets, config.route_band, self.kept.longest)
         self.targets = targets if consolidation == "attention_flow" else 0
+        self.biases_keys = consolidation == "key_bias"
 
     def compress(
         self,
@@ -93,6 +97,8 @@ class FusedBatch:
             raw, raw_mass = self._score(q, pool, lse, layer)
             mass = raw_mass.nan_to_num(0.0, 0.0, 0.0)
             importance = mass if raw is raw_mass else raw.nan_to_num(0.0, 0.0, 0.0)
+            if self.biases_keys:
+                importance = self._without_repeats(importance)
         with clock("route"):
             kept_rows, dropped_rows = split_top(importance, self.sink_tokens, self.span, self.kept, self.dropped)
             is_merged = bool(self.targets and self.dropped.total)
@@ -101,14 +107,17 @@ class FusedBatch:
                     pool.key, self.span_slots, kept_rows, dropped_rows, self.kept, self.dropped, self.targets,
                     pool.scale * pool.key_scale**2, q.dtype, self.config.route_band,
                 )  # fmt: skip
-        values, is_finite = None, None
+        values, key_moves, is_finite = None, None, None
         if is_merged:
             with clock("merge"):
                 values, is_finite = attention_flow(
                     pool.value, self.span_slots, mass, kept_rows, dropped_rows, target, weight, self.kept,
                     gate_of_heads(gate_scale, pool.key.shape[1], self.device), pool.value_scale, q.dtype,
                 )  # fmt: skip
-        return out, Consolidated(kept_rows, values), self._finite(raw, raw_mass, is_finite)
+        if self.biases_keys:
+            with clock("merge"):
+                key_moves = self._key_moves(mass, kept_rows, pool.scale, layer)
+        return out, Consolidated(kept_rows, values, key_moves), self._finite(raw, raw_mass, is_finite)
 
     def _score(
         self, q: torch.Tensor, pool: LayerPool, lse: torch.Tensor, layer: int
@@ -125,6 +134,22 @@ class FusedBatch:
         ]
         masses = [part.importance if part.mass is None else part.mass for part in parts]
         return torch.cat([part.importance for part in parts], dim=1), torch.cat(masses, dim=1)
+
+    def _without_repeats(self, importance: torch.Tensor) -> torch.Tensor:
+        parts = [
+            favour_one_of_each(importance[:, own], job.probe.repeats[0])
+            for job, own in zip(self.jobs, self.span.ranges(), strict=True)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _key_moves(self, mass: torch.Tensor, kept_rows: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
+        moves = [
+            key_bias(
+                mass[:, own], kept, job.probe.repeats, job.probe.key_directions[layer], scale, job.plan.sink_tokens
+            )
+            for job, own, kept in zip(self.jobs, self.span.ranges(), self.kept_of_jobs(kept_rows), strict=True)
+        ]
+        return torch.cat(moves)
 
     def _finite(self, raw: torch.Tensor, raw_mass: torch.Tensor, is_finite: torch.Tensor | None) -> list[torch.Tensor]:
         if self.device.type != "cpu":

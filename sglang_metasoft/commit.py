@@ -7,10 +7,12 @@ span's go back to the allocator or stay in the radix tree. Nothing in here waits
 from array import array
 
 import torch
+from metasoft_kernels.move import add_to_keys
 from metasoft_kernels.move.fused import move
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from sglang_metasoft.adapter import Adapter
+from sglang_metasoft.batch import Consolidated
 from sglang_metasoft.radix import PrefixPolicy
 from sglang_metasoft.types import LayerPool, MergedKV, Plan
 
@@ -58,16 +60,17 @@ class Committer:
             layer.v_scale_float,
         )
 
-    def move(self, pool: LayerPool, span_slots, kept_rows, new_slots, values: torch.Tensor | None) -> None:
+    def move(self, pool: LayerPool, span_slots: torch.Tensor, new_slots: torch.Tensor, into: Consolidated) -> None:
         """Write one layer's consolidated entries of all jobs straight from pool to pool, as :meth:`write` would.
 
         Args:
             pool: the layer's buffers.
             span_slots: ``[sum S]``; new_slots: ``[sum B]``.
-            kept_rows: ``[G, sum B]`` int32 into ``span_slots``.
-            values: ``[sum B, G, d]`` merged values; None keeps those of the kept entries.
+            into: what they become.
         """
-        move(pool.key, pool.value, span_slots, kept_rows, new_slots, values, pool.value_scale)
+        move(pool.key, pool.value, span_slots, into.kept_rows, new_slots, into.values, pool.value_scale)
+        if into.key_moves is not None:
+            add_to_keys(pool.key, new_slots, into.key_moves, pool.key_scale)
 
     def commit(
         self,

@@ -26,6 +26,7 @@ METHODS = {  # loaded lazily by sglang_metasoft.score.load_method
 CONSOLIDATIONS = {  # loaded lazily by sglang_metasoft.merge.load_consolidation
     "none": None,
     "attention_flow": "metasoft_kernels.merge:attention_flow",
+    "key_bias": "metasoft_kernels.merge.key_bias:key_bias",
     "zeromerge": "metasoft_kernels.merge.zeromerge:zeromerge",
     "tome": "metasoft_kernels.merge.tome:tome",
     "least_squares": "metasoft_kernels.merge.least_squares:least_squares",
@@ -145,7 +146,7 @@ class MetaSoftConfig:
         flag=None,
         allowed=f"one of: {', '.join(CONSOLIDATIONS)}",
         check=_or_none(lambda value: isinstance(value, str) and value in CONSOLIDATIONS),
-        help="What happens to the values of dropped entries. Default: the method's own.",
+        help="What happens to dropped entries. Default: the method's own.",
     )
     soft_tokens: int = _setting(
         32,

@@ -1,7 +1,8 @@
 """K, V, Routes -> MergedKV: the consolidated entries of one layer.
 
 A consolidation is a function in :data:`sglang_metasoft.config.CONSOLIDATIONS`; the names of its parameters say what it
-is given. It returns the kept entries' new values, ``[B, G, d]`` float32.
+is given. It returns the kept entries' new values, ``[B, G, d]`` float32, or, if it is given ``key_directions``, what their
+keys are moved by.
 """
 
 import functools
@@ -18,15 +19,25 @@ from sglang_metasoft.types import LayerView, MergedKV, Routes, Scores
 
 
 class Consolidation(NamedTuple):
-    """What to do with the values of dropped entries, and which of :func:`consolidate`'s tensors that takes."""
+    """What to do with dropped entries, and which of :func:`consolidate`'s tensors that takes."""
 
     function: Callable[..., torch.Tensor] | None
     inputs: tuple[str, ...]
 
     @property
-    def needs_probe(self) -> bool:
-        """Whether there have to be probe tokens, whatever the method."""
+    def refits(self) -> bool:
+        """Whether it learns from the probe's queries."""
         return "q" in self.inputs
+
+    @property
+    def biases_keys(self) -> bool:
+        """Whether it returns what is added to the kept keys, not new values."""
+        return "key_directions" in self.inputs
+
+    @property
+    def needs_probe(self) -> bool:
+        """Whether there has to be a probe, whatever the method."""
+        return self.refits or self.biases_keys
 
 
 @functools.cache
@@ -58,7 +69,7 @@ def consolidate(
     gate_scale: torch.Tensor | float,
     kernels: str = "auto",
 ) -> MergedKV:
-    """Gather each head's kept keys, and its kept values with what flowed into them.
+    """Gather each head's kept entries, with what flowed into their values or is carried by their keys.
 
     Args:
         view: the layer's probe: ``q`` ``[t, H, d]``, ``lse`` ``[t, H]``, ``scale`` and ``seen_tokens``.
@@ -85,7 +96,11 @@ def consolidate(
         kernels=kernels,
         seen_tokens=view.seen_tokens,
         sink_tokens=view.job.plan.sink_tokens,
+        repeats=view.job.probe.repeats,
+        key_directions=view.key_directions,
         **routes._asdict(),
     )
     merged = consolidation.function(**{name: available[name] for name in consolidation.inputs})
+    if consolidation.biases_keys:
+        return MergedKV((kept_keys.float() + merged).to(keys.dtype), gather(values, routes.kept))
     return MergedKV(kept_keys, merged.to(values.dtype))

@@ -2,21 +2,11 @@
 
 import torch
 
-from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.merge import load_consolidation
-from sglang_metasoft.score.base import Embed, Method
+from sglang_metasoft.score.base import Embed
 from sglang_metasoft.types import Probe, Prompt
 
 RUN_TOKENS = 64
 LARGEST_SHARE = 8  # of the span, one part in so many
-
-
-def make_probe(method: Method, prompt: Prompt, config: MetaSoftConfig) -> Probe:
-    """The method's probe and, if the consolidation learns from queries, what is read again behind it."""
-    probe = method.probe(prompt)
-    if not load_consolidation(config.consolidation or method.default_consolidation).needs_probe:
-        return probe
-    return with_reread(probe, prompt, method.embed, config.reread_tokens)
 
 
 def with_reread(probe: Probe, prompt: Prompt, embed: Embed, tokens: int) -> Probe:

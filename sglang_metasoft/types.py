@@ -100,6 +100,8 @@ class Probe(NamedTuple):
     context_slots: int  # entries of the row that they see (C)
     first_position: int  # logical position of the first; the others follow
     ranking_tokens: int | None = None  # the first of them, which rank; the others are there for a refit. None: all
+    repeats: torch.Tensor | None = None  # [n, S] int64 of sglang_metasoft.repeats, if kept entries carry their repeats
+    key_directions: torch.Tensor | None = None  # [layers, G, d] of sglang_metasoft.key_bias, where this prompt ends
 
 
 class LayerPool(NamedTuple):
@@ -143,6 +145,12 @@ class LayerView(NamedTuple):
     def seen_tokens(self) -> int:
         """Span entries before the first probe token; probe token j sees ``seen_tokens + j + 1`` of them, at most S."""
         return self.job.probe.context_slots - self.job.plan.start_slots
+
+    @property
+    def key_directions(self) -> torch.Tensor | None:
+        """``[G, d]`` of this layer."""
+        directions = self.job.probe.key_directions
+        return None if directions is None else directions[self.layer]
 
 
 class Scores(NamedTuple):

@@ -37,8 +37,7 @@ def choose_kernels(
     name = "Triton's interpreter" if is_interpreted() else "triton"
     if not is_fused(method, config):
         # Probe, score and select are fused all the same, one request at a time.
-        consolidation = config.consolidation or method.default_consolidation
-        return Kernels(None, f"{name}; consolidation {consolidation} by torch")
+        return Kernels(None, f"{name}; consolidation {method.consolidation} by torch")
     if config.kernels == "triton":
         return Kernels(fused.attend, f"{name}, probe attention included")
     try:

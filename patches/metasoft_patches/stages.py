@@ -20,7 +20,7 @@ from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.reread import make_probe
+from sglang_metasoft.probe import make_probe
 from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Prompt
 
@@ -51,7 +51,7 @@ class StageRunner:
         self.rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
         self.first_kv_head = self.rank * shape.num_kv_heads // size
         self.reload()
-        consolidation = load_consolidation(config.consolidation or self.method.default_consolidation)
+        consolidation = load_consolidation(self.method.consolidation)
         self.has_probe = self.method.needs_probe or consolidation.needs_probe
         self.kernels = choose_kernels(
             config, self.method, shape.num_heads // size, max(shape.num_kv_heads // size, 1), self.runner.dtype,
@@ -93,9 +93,7 @@ class StageRunner:
                 for number, flag in enumerate(flags):
                     finite[number].append(flag)
                 with clock("write"):
-                    self.committer.move(
-                        pool, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values
-                    )
+                    self.committer.move(pool, batch.span_slots, batch.new_slots, consolidated)
                 if trace is not None:
                     for number, kept in enumerate(batch.kept_of_jobs(consolidated.kept_rows)):
                         trace[number].append((kept.cpu(), *read_entries(pool, jobs[number].new_slots, q.dtype)))

@@ -23,7 +23,7 @@ from sglang_metasoft.eval.records import FULL, Store, is_settled, make_key, make
 from sglang_metasoft.eval.variants import VARIANTS
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.policy import plan_span
-from sglang_metasoft.reread import make_probe
+from sglang_metasoft.probe import make_probe
 from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
 

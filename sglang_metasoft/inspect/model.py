@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from sglang_metasoft.config import METHODS, MetaSoftConfig, shown
 from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_config, read_shape
 from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.reread import make_probe
+from sglang_metasoft.probe import make_probe
 from sglang_metasoft.score import load_method
 from sglang_metasoft.score.base import Method
 from sglang_metasoft.types import Job, LayerPool, MergedKV, Plan, Prompt, Routes

@@ -7,6 +7,8 @@ import torch
 from metasoft_kernels.score import importance
 
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.key_bias import KeyDirections, fit_key_directions
+from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Rope, Scores
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -65,9 +67,21 @@ class Method:
         self.shape = shape
         self.embed = embed
         self.device = device
+        self.key_directions: KeyDirections | None = None  # for a consolidation that biases keys
+
+    @property
+    def consolidation(self) -> str:
+        """The name of the one in use."""
+        return self.config.consolidation or self.default_consolidation
 
     def prepare(self, model: ServedModel) -> None:
-        """Learn from the loaded model what does not depend on a prompt; once, and after each change of weights."""
+        """Learn from the loaded model what does not depend on a prompt; once, and after each change of weights.
+
+        Raises:
+            ValueError: the model lacks what the method or the consolidation needs.
+        """
+        if load_consolidation(self.consolidation).biases_keys:
+            self.key_directions = fit_key_directions(model, self.shape, self.device)
 
     @property
     def identity(self) -> str:

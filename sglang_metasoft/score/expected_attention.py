@@ -2,6 +2,7 @@
 
 import torch
 
+from sglang_metasoft.rope import rotate
 from sglang_metasoft.score.base import Method, ServedModel
 from sglang_metasoft.types import LayerView, Probe, Prompt, Rope, Scores
 
@@ -19,6 +20,7 @@ class ExpectedAttention(Method):
     default_consolidation = "none"
 
     def prepare(self, model: ServedModel) -> None:
+        super().prepare(model)
         self.rope = model.rope()
 
     def probe(self, prompt: Prompt) -> Probe:
@@ -49,26 +51,9 @@ class ExpectedAttention(Method):
         return Scores(torch.cat([rest.amax(1, keepdim=True).expand(-1, sink), rest], dim=1))
 
 
-def rotate(x: torch.Tensor, rope: Rope, first_position: int, backwards: bool = False) -> torch.Tensor:
-    """Turn ``[n, H, d]`` float32 vectors at consecutive positions forwards, or backwards, by their position."""
-    cos, sin = rope.cos_sin[first_position : first_position + x.shape[0]].float().unsqueeze(1).chunk(2, dim=-1)
-    sin = -sin if backwards else sin
-    rotated = 2 * cos.shape[-1]
-    a, b = _pairs(x[..., :rotated], rope.is_neox)
-    return torch.cat([_unpair(a * cos - b * sin, b * cos + a * sin, rope.is_neox), x[..., rotated:]], dim=-1)
-
-
 def mean_rotation(rope: Rope, first_position: int, d: int) -> torch.Tensor:
     """``[d, d]`` mean of the rotation matrices of the next positions, as far as the table goes."""
     first = min(first_position, rope.cos_sin.shape[0] - 1)
     table = rope.cos_sin[first : first + FUTURE_TOKENS].float().mean(0, keepdim=True)
     axes = torch.eye(d, device=table.device).unsqueeze(0)  # [1, d, d]: each axis a head
     return rotate(axes, Rope(table, rope.is_neox), 0).squeeze(0).t()
-
-
-def _pairs(x: torch.Tensor, is_neox: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.chunk(2, dim=-1) if is_neox else (x[..., ::2], x[..., 1::2])
-
-
-def _unpair(a: torch.Tensor, b: torch.Tensor, is_neox: bool) -> torch.Tensor:
-    return torch.cat([a, b], dim=-1) if is_neox else torch.stack([a, b], dim=-1).flatten(-2)

@@ -28,7 +28,7 @@ class MetaSoft(Method):
             self.soft_tokens = SoftTokens.load(config.path, shape, embed, device)
             is_shut = not self.soft_tokens.gate_scale.any()
         if is_shut if config.gate_scale is None else config.gate_scale == 0:  # nothing would flow: spare the routing
-            self.default_consolidation = "none"
+            self.default_consolidation = "none" if config.gate_scale == 0 else "key_bias"
 
     @property
     def identity(self) -> str:
@@ -41,8 +41,7 @@ class MetaSoft(Method):
     @property
     def description(self) -> str:
         kind = "untrained" if self.config.path is None else f"trained ({self.config.path})"
-        consolidation = self.config.consolidation or self.default_consolidation
-        return f"{self.soft_tokens.count} {kind} soft tokens, consolidation {consolidation}"
+        return f"{self.soft_tokens.count} {kind} soft tokens, consolidation {self.consolidation}"
 
     def probe(self, prompt: Prompt) -> Probe:
         mode = int(prompt.tail_ids.numel() == 0)

@@ -23,6 +23,7 @@ class QFilters(Method):
     needs_probe = False
 
     def prepare(self, model: ServedModel) -> None:
+        super().prepare(model)
         text = files("sglang_metasoft.demo").joinpath("document.txt").read_text(encoding="utf-8")
         ids = torch.tensor(model.encode(text)[:CALIBRATION_TOKENS], device=self.device)
         self.filters = [main_directions(queries.float()) for queries in model.queries(ids)]

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from metasoft_kernels.move import add_to_keys
 from metasoft_kernels.move import fused as move_kernels
 from metasoft_kernels.probe import fused as probe_kernels
 
 from sglang_metasoft.batch import FUSED_CONSOLIDATIONS, FusedBatch
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.pipeline import compress_layer
+from sglang_metasoft.repeats import find_repeats
 from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe
 from tests.kernels.cases import DEVICE, Case, make_pool, randn
@@ -15,13 +17,16 @@ from tests.kernels.cases import DEVICE, Case, make_pool, randn
 SPANS, KEPT, WINDOW = [150, 64, 97], [40, 16, 97], 10
 
 
-def make_jobs(case, pool):
+def make_jobs(case, pool, biases_keys):
     """Three requests; the last keeps everything."""
     jobs, begin, new = [], 0, 0
     for span, kept in zip(SPANS, KEPT, strict=True):
         slots = pool.slots[begin : begin + span + WINDOW]
         plan = Plan(0, span, kept, 2)
         probe = Probe(torch.empty(9 if span == 64 else 12, 1), slots.numel(), slots.numel())
+        if biases_keys:
+            ids = torch.arange(span, device=DEVICE) // 2 % 20
+            probe = probe._replace(repeats=find_repeats(ids), key_directions=randn(1, 3, 64))
         jobs.append(Job(plan, probe, slots, slots[:span], pool.free[new : new + kept]))
         begin, new = begin + span + WINDOW, new + kept
     return jobs
@@ -33,7 +38,7 @@ def make_jobs(case, pool):
 def test_batch(name, consolidation, dtype):
     case = Case(0, 3, 2, 64, 16, dtype)
     pool = make_pool(case, [span + WINDOW for span in SPANS])
-    jobs = make_jobs(case, pool)
+    jobs = make_jobs(case, pool, consolidation == "key_bias")
     method = load_method(name).__new__(load_method(name))
     method.config = config = MetaSoftConfig(
         consolidation=consolidation, kernels="triton", route_targets=3, route_band=30
@@ -50,6 +55,8 @@ def test_batch(name, consolidation, dtype):
         pool.key, pool.value, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values,
         layer.value_scale,
     )  # fmt: skip
+    if consolidated.key_moves is not None:
+        add_to_keys(pool.key, batch.new_slots, consolidated.key_moves, layer.key_scale)
     method.config = MetaSoftConfig(consolidation=consolidation, kernels="torch", route_targets=3, route_band=30)
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     kept = batch.kept_of_jobs(consolidated.kept_rows)

@@ -36,7 +36,7 @@ KNOWN_METHODS = [
     "metasoft", "judge_q", "snapkv", "h2o", "streaming_llm", "chunkkv", "q_filters", "kvcompose", "nestedkv",
     "expected_attention",
 ]  # fmt: skip
-KNOWN_CONSOLIDATIONS = ["none", "attention_flow", "zeromerge", "tome", "least_squares"]
+KNOWN_CONSOLIDATIONS = ["none", "attention_flow", "key_bias", "zeromerge", "tome", "least_squares"]
 
 VALID = {
     "ratio": lambda value: type(value) in (int, float) and 1 <= value < 2**63,

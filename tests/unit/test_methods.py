@@ -10,9 +10,10 @@ from metasoft_kernels.score import probability_blocks
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS, MetaSoftConfig
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.reread import make_probe
+from sglang_metasoft.probe import make_probe
 from sglang_metasoft.score import load_method
-from sglang_metasoft.score.expected_attention import FUTURE_TOKENS, mean_rotation, rotate
+from sglang_metasoft.rope import rotate
+from sglang_metasoft.score.expected_attention import FUTURE_TOKENS, mean_rotation
 from sglang_metasoft.score.q_filters import CALIBRATION_TOKENS
 from sglang_metasoft.types import Job, LayerView, Plan, Probe, Rope
 from tests.unit.methods import (
@@ -56,9 +57,12 @@ def test_every_pair_keeps_sinks_and_its_own_keys(method, consolidation):
     both = torch.cat([routes.kept, routes.dropped], 1).sort(1).values
     assert torch.equal(both, torch.arange(SPAN).expand(GROUPS, SPAN))
     for head in range(GROUPS):
-        assert torch.equal(merged.key[:, head], pool.key[routes.kept[head], head])
-        changed = (merged.value[:, head] != pool.value[routes.kept[head], head]).any()
-        assert changed.item() is (consolidation != "none")
+        moved, changed = (
+            (entries[:, head] != raw[routes.kept[head], head]).any(1)
+            for entries, raw in zip(merged, (pool.key, pool.value), strict=True)
+        )
+        assert moved.any().item() is (consolidation == "key_bias") and not moved[:4].any()
+        assert changed.any().item() is (consolidation not in ("none", "key_bias"))
     assert merged.value.abs().max() < 3 * pool.value.abs().max()
 
 
@@ -295,14 +299,14 @@ def test_judge_q_needs_a_path():
         load_method("judge_q").check(MetaSoftConfig(method="judge_q"), SHAPE, 1)
 
 
-@pytest.mark.parametrize(("gate", "expected"), [(0.0, "none"), (0.5, "attention_flow")])
-def test_a_compressor_whose_gate_is_shut_spares_the_routing(gate, expected, tmp_path):
+@pytest.mark.parametrize(("gate", "expected"), [(0.0, "key_bias"), (0.5, "attention_flow")])
+def test_a_compressor_whose_gate_is_shut_biases_keys_and_spares_the_routing(gate, expected, tmp_path):
     soft_tokens = make_method("metasoft").soft_tokens
     soft_tokens.gate_scale.data.fill_(gate)
     soft_tokens.save(tmp_path, SHAPE)
     method = make_method("metasoft", path=str(tmp_path))
     assert method.default_consolidation == expected and expected in method.description
-    probe = method.probe(make_prompt())
+    probe = make_probe(method, make_prompt(), method.config)
     q, k, v = make_tensors(probe.embeds.shape[0])
     for consolidation, is_same in ((None, True), ("attention_flow", True), ("none", gate == 0)):
         config = MetaSoftConfig(path=str(tmp_path), consolidation=consolidation)

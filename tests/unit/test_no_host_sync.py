@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from metasoft_kernels.move import add_to_keys
 from metasoft_kernels.move.fused import move
 from metasoft_kernels.probe.fused import attend
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -10,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sglang_metasoft.batch import FUSED_CONSOLIDATIONS, FusedBatch
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS
 from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.reread import make_probe
-from sglang_metasoft.types import Job, Plan, Probe, Prompt
+from sglang_metasoft.probe import make_probe
+from sglang_metasoft.types import Job, Plan, Prompt
 from tests.kernels.launches import record
 from tests.unit.methods import KEPT, SHAPE, TAIL, make_job, make_method, make_pool, make_prompt, make_tensors
 
@@ -60,11 +61,11 @@ class LargestTensor(TorchDispatchMode):
 def make_long_job(method, span: int, device) -> Job:
     """A quarter of ``span`` entries stays."""
     ids = torch.zeros(span + TAIL, dtype=torch.int64, device=device)
-    probe = method.probe(Prompt(ids[:span], ids[span:], span + TAIL, span + TAIL))
+    prompt = Prompt(ids[:span], ids[span:], span + TAIL, span + TAIL)
+    probe = make_probe(method, prompt, method.config)._replace(context_slots=span + TAIL, first_position=span + TAIL)
     slots = torch.zeros(2 * span + TAIL, dtype=torch.int64, device=device)
-    context = Probe(probe.embeds, span + TAIL, span + TAIL)
     new_slots = slots[: span // 4]
-    return Job(Plan(0, span, span // 4, 4), context, slots[: span + TAIL], slots[:span], new_slots)
+    return Job(Plan(0, span, span // 4, 4), probe, slots[: span + TAIL], slots[:span], new_slots)
 
 
 @pytest.mark.parametrize("consolidation", FUSED_CONSOLIDATIONS)
@@ -85,6 +86,8 @@ def test_a_fused_batch_reads_no_value_and_allocates_in_proportion_to_its_length(
                 move(
                     pool.key, pool.value, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values
                 )
+                if consolidated.key_moves is not None:
+                    add_to_keys(pool.key, batch.new_slots, consolidated.key_moves)
             largest.append(tensors.elements)
             assert flags == [] and consolidated.kept_rows.shape == (3, 2 * (span // 4))
     assert largest[1] <= 4.1 * largest[0]

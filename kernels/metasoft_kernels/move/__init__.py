@@ -4,8 +4,9 @@ import torch
 
 from metasoft_kernels.backend import uses_triton
 from metasoft_kernels.move import fused, naive
+from metasoft_kernels.move.naive import add_to_keys
 
-__all__ = ["move"]
+__all__ = ["add_to_keys", "move"]
 
 
 def move(

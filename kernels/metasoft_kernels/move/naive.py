@@ -35,3 +35,17 @@ def move(
     if values.dtype != v_buffer.dtype:
         values = (values / v_scale).to(v_buffer.dtype)
     v_buffer.view(bits)[new_slots] = values.view(bits)
+
+
+def add_to_keys(k_buffer: torch.Tensor, slots: torch.Tensor, moves: torch.Tensor, k_scale: float = 1.0) -> None:
+    """Move the keys at some slots; the sum is rounded once, as a key that is written is.
+
+    Args:
+        k_buffer: ``[slots, G, d]`` one layer of the pool.
+        slots: ``[B]``, each once.
+        moves: ``[B, G, d]`` float32.
+        k_scale: what quantised pool entries are multiplied by on reading.
+    """
+    bits = torch.uint8 if k_buffer.dtype.itemsize == 1 else k_buffer.dtype
+    keys = k_buffer.view(bits)[slots].view(k_buffer.dtype).float() * k_scale
+    k_buffer.view(bits)[slots] = ((keys + moves) / k_scale).to(k_buffer.dtype).view(bits)

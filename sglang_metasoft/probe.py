@@ -1,0 +1,21 @@
+"""Prompt -> Probe: the method's probe tokens, and what the consolidation needs to know of the prompt."""
+
+from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.merge import load_consolidation
+from sglang_metasoft.repeats import find_repeats
+from sglang_metasoft.reread import with_reread
+from sglang_metasoft.score.base import Method
+from sglang_metasoft.types import Probe, Prompt
+
+
+def make_probe(method: Method, prompt: Prompt, config: MetaSoftConfig) -> Probe:
+    """The method's probe; behind it what is read again, if the consolidation refits; with it the prompt's repeats and
+    the place for a bias, if the consolidation biases keys."""
+    consolidation = load_consolidation(config.consolidation or method.default_consolidation)
+    probe = method.probe(prompt)
+    if consolidation.refits:
+        probe = with_reread(probe, prompt, method.embed, config.reread_tokens)
+    if consolidation.biases_keys:
+        directions = method.key_directions.at(prompt.context_tokens)
+        probe = probe._replace(repeats=find_repeats(prompt.span_ids), key_directions=directions)
+    return probe

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_metasoft.types import ModelShape
+from sglang_metasoft.rope import read_rope
+from sglang_metasoft.types import ModelShape, Rope
 
 ATTENTION = "metasoft_eval"
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -98,14 +99,9 @@ class HFModel:
         hidden = self.run(embeds, positions, attend)
         return Prefilled(layers, self.logits(hidden[0, -1]))
 
-    def rope(self):
+    def rope(self) -> Rope:
         """The rotary embedding, as :class:`sglang_metasoft.score.base.ServedModel` has it."""
-        from sglang_metasoft.types import Rope
-
-        module = self.model.get_decoder().rotary_emb
-        positions = torch.arange(self.model.config.max_position_embeddings, device=self.device)
-        angles = positions[:, None].float() * module.inv_freq.float()
-        return Rope(torch.cat([angles.cos(), angles.sin()], -1) * module.attention_scaling, True)
+        return read_rope(self.model)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from sglang_metasoft.config import METHODS, MetaSoftConfig, shown
 from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_config, read_shape
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
+from sglang_metasoft.repeats import favour_one_of_each
+from sglang_metasoft.rope import read_rope
 from sglang_metasoft.score import load_method
 from sglang_metasoft.score.base import Method
-from sglang_metasoft.types import Job, LayerPool, MergedKV, Plan, Prompt, Routes
+from sglang_metasoft.types import Job, LayerPool, MergedKV, Plan, Prompt, Rope, Routes
 
 PROBE_ATTENTION = "metasoft_probe"
 PREFILL_CHUNK_TOKENS = 1024
@@ -89,7 +92,32 @@ class InspectedModel:
         ]
         if config.method not in served:
             raise ValueError(f"method {config.method!r} cannot be inspected; allowed: one of: {', '.join(served)}")
-        return load_method(config.method)(config, self.shape, self._embed, self.device)
+        method = load_method(config.method)(config, self.shape, self._embed, self.device)
+        method.prepare(self)
+        return method
+
+    def rope(self) -> Rope:
+        """As :class:`sglang_metasoft.score.base.ServedModel` has it."""
+        return read_rope(self.model)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    @torch.no_grad()
+    def queries(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """For each layer ``[n, H, d]`` queries after RoPE of ``[n]`` token ids."""
+        found: list[torch.Tensor] = []
+
+        def answer(layer: int, q, k, v, scale: float) -> torch.Tensor:
+            found.append(q)
+            by_head = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+            out = scaled_dot_product_attention(*by_head, is_causal=True, scale=scale, enable_gqa=True)
+            return out[0].transpose(0, 1)
+
+        with self._attention(answer):
+            self.model.get_decoder()(input_ids=ids[None], use_cache=False)
+        return found
 
     def _tensor(self, values: list) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -134,7 +162,10 @@ class InspectedModel:
             gate = method.gate_scale(layer, 0, self.shape.num_kv_heads)
             out, routes, merged, _ = compress_layer(job, q, k, v, pool, recorder, config, gate, layer)
             gates = torch.as_tensor(gate, dtype=torch.float32, device="cpu").flatten().expand(self.shape.num_kv_heads)
-            layers.append(CompressedLayer(recorder.importance, routes, merged, gates))
+            importance = recorder.importance
+            if probe.repeats is not None:
+                importance = favour_one_of_each(importance, probe.repeats[0])
+            layers.append(CompressedLayer(importance, routes, merged, gates))
             return out
 
         positions = torch.arange(probe.embeds.shape[0], device=self.device) + probe.first_position

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 NEAR_TIE = 5e-4
+E4 = 2.718281828459045**4
 
 
 @dataclass
@@ -75,8 +76,67 @@ class Reference:
         return torch.softmax(w["trust"] * own + w["neighbours"] * near + hidden @ w["out"], dim=0)
 
     @torch.no_grad()
-    def compress(self, ids: list[int], window: int, kept_entries: int, sink: int, targets: int) -> Compressed:
-        """Prefill, probe, partition, consolidate."""
+    def directions(self, text_ids: list[int], position: int) -> list[torch.Tensor]:
+        """For each layer [G, d]: u with q·u near 1, from the queries of a Llama before its rotary embedding."""
+        cfg, out = self.model.config, self.model(torch.tensor([text_ids]), output_hidden_states=True)
+        d, found = cfg.hidden_size // cfg.num_attention_heads, []
+        theta = cfg.rope_parameters["rope_theta"]
+        speed = torch.tensor([theta ** (-2 * i / d) for i in range(d // 2)], dtype=torch.float64)
+
+        def turn(x, angle):
+            a, b = x.double().split(d // 2, dim=-1)
+            return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
+
+        for block, hidden in zip(self.model.model.layers, out.hidden_states, strict=False):
+            queries = block.self_attn.q_proj(block.input_layernorm(hidden))[0, 16:]
+            queries = queries.view(-1, cfg.num_key_value_heads, cfg.num_attention_heads // cfg.num_key_value_heads, d)
+            per_head = []
+            for g in range(cfg.num_key_value_heads):
+                rows = torch.cat([turn(queries[:, g], ahead * speed) for ahead in (0, 16, 64, 256, 1024, 2048, 4096)])
+                rows = rows.reshape(-1, d)
+                gram = rows.T @ rows
+                ridge = 0.01 * gram.trace() / d * torch.eye(d, dtype=torch.float64)
+                u = torch.linalg.solve(gram + ridge, rows.sum(dim=0))
+                per_head.append(turn(u, position * speed).float())
+            found.append(torch.stack(per_head))
+        return found
+
+    @staticmethod
+    def without_repeats(ids: list[int], rank: torch.Tensor) -> torch.Tensor:
+        """[S] importance of one head: of entries with the same last three tokens one counts for most of all."""
+        groups, result = {}, rank.clone()
+        for i in range(len(rank)):
+            groups.setdefault(tuple(ids[i - 2 : i + 1]) or i, []).append(i)
+        for members in groups.values():
+            best = sorted(members, key=lambda i: (-rank[i].item(), i))
+            for place, i in enumerate(best):
+                result[i] = rank[i] / (place + 1) if place else (rank[i] * rank[members].sum()).sqrt()
+        return result
+
+    @staticmethod
+    def bias(ids: list[int], mass: torch.Tensor, kept: list[int], sink: int) -> torch.Tensor:
+        """[B] what one head's kept entries carry: the mass of the same three tokens, of the same token, half of the rest."""
+        stay = kept[sink:]
+        by_three, by_token = {}, {}
+        for i in stay:
+            by_three.setdefault(tuple(ids[i - 2 : i + 1]) or i, []).append(i)
+            by_token.setdefault(ids[i], []).append(i)
+        carried, rest = {i: mass[i].item() for i in stay}, 0.0
+        for i in sorted(set(range(sink, len(mass))) - set(stay)):
+            heirs = by_three.get(tuple(ids[i - 2 : i + 1]) or i) or by_token.get(ids[i], [])
+            total = sum(mass[j].item() for j in heirs)
+            for j in heirs:
+                carried[j] += mass[i].item() * mass[j].item() / total
+            rest += 0.0 if heirs else mass[i].item()
+        more = 1 + 0.5 * rest / sum(carried.values())
+        return torch.tensor([0.0] * sink + [carried[i] * more / mass[i].item() for i in stay]).clamp(min=1, max=E4).log()
+
+    @torch.no_grad()
+    def compress(
+        self, ids: list[int], window: int, kept_entries: int, sink: int, targets: int,
+        calibration: list[int] | None = None,
+    ) -> Compressed:  # fmt: skip
+        """Prefill, probe, partition, consolidate: by attention flow or, if a text to calibrate on is given, key biases."""
         span_len = len(ids) - window
         raw = self.model(torch.tensor([ids]), use_cache=True).past_key_values
         layers = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in raw.layers]  # [G, L, d]
@@ -89,11 +149,14 @@ class Reference:
             output_attentions=True,
         )
         result = Compressed([], [], [], [], [], _cache_of(layers))
+        directions = self.directions(calibration, len(ids)) if calibration else None
         for number, (attention, (keys, values)) in enumerate(zip(probe.attentions, layers, strict=True)):
             groups, _, d = keys.shape
             per_group = attention[0].reshape(groups, -1, count, attention.shape[-1]).mean(dim=(1, 2))
             mass = per_group[:, :span_len]
             rank = torch.stack([self.refined(number, g, mass[g], keys[g], values[g]) for g in range(groups)])
+            if calibration:
+                rank = torch.stack([self.without_repeats(ids, row) for row in rank])
             result.importance.append(rank)
             kept_per_head, new_keys, new_values, contested_per_head = [], [], [], []
             for g in range(groups):
@@ -101,6 +164,13 @@ class Reference:
                 kept = sorted(list(range(sink)) + by_rank[: kept_entries - sink])
                 dropped = sorted(set(range(span_len)) - set(kept))
                 k, v, a = keys[g], values[g], mass[g]
+                if calibration:
+                    bias = self.bias(ids, a, kept, sink)
+                    kept_per_head.append(kept)
+                    new_keys.append(k[kept] + bias[:, None] * d**0.5 * directions[number][g])
+                    new_values.append(v[kept])
+                    contested_per_head.append(torch.zeros(len(kept), dtype=torch.bool))
+                    continue
                 affinity = k[dropped] @ k[kept].T / d**0.5
                 routing = torch.zeros_like(affinity)
                 contested = torch.zeros(len(kept), dtype=torch.bool)

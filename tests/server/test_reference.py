@@ -1,11 +1,13 @@
 """A real server's compressed cache against the independent Hugging Face implementation, on a real 2K prompt."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import sglang_metasoft
 from tests.reference.meta_soft_reference import Reference
 
 pytestmark = pytest.mark.server
@@ -23,13 +25,13 @@ def model_dir(full_model_dir):
     return full_model_dir
 
 
-@pytest.fixture(scope="module")
-def served(start_server, compressor_dir, document_ids, tmp_path_factory):
+@pytest.fixture(scope="module", params=["attention_flow", "key_bias"])
+def served(request, start_server, compressor_dir, document_ids, tmp_path_factory):
     """The prompt at both ratios: kept indices and entries from the server's trace, log-probabilities of a repeat."""
     trace_dir = tmp_path_factory.mktemp("trace")
     server = start_server(
         "--dtype", "float32", "--enable-metasoft", "--metasoft-path", str(compressor_dir),
-        "--metasoft-config", json.dumps({"trace_dir": str(trace_dir)}),
+        "--metasoft-config", json.dumps({"trace_dir": str(trace_dir), "consolidation": request.param}),
     )  # fmt: skip
     ids = document_ids[:PROMPT_TOKENS]
     results = {}
@@ -41,16 +43,20 @@ def served(start_server, compressor_dir, document_ids, tmp_path_factory):
         assert again["meta_info"]["metasoft_reused_tokens"] == PROMPT_TOKENS - WINDOW
         (trace,) = trace_dir.glob(f"first{ratio}-*.safetensors")
         results[ratio] = load_file(trace), again["meta_info"]["output_top_logprobs"][0]
-    return ids, results
+    return request.param, ids, results
 
 
 @pytest.mark.parametrize("ratio", [4, 8])
-def test_server_equals_reference(served, model_dir, compressor_dir, ratio):
-    ids, results = served
+def test_server_equals_reference(served, model_dir, compressor_dir, tokenizer, ratio):
+    consolidation, ids, results = served
     trace, top_logprobs = results[ratio]
     reference = Reference(model_dir, compressor_dir)
     entries = PROMPT_TOKENS // ratio - WINDOW
-    expected = reference.compress(ids, WINDOW, entries, SINK, TARGETS)
+    calibration = None
+    if consolidation == "key_bias":
+        text = (Path(sglang_metasoft.__file__).parent / "demo" / "document.txt").read_text()
+        calibration = tokenizer.encode(text, add_special_tokens=False)[:1024]
+    expected = reference.compress(ids, WINDOW, entries, SINK, TARGETS, calibration)
     layers, groups = trace["kept"].shape[:2]
     swapped = 0
     for layer in range(layers):

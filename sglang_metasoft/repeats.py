@@ -4,6 +4,7 @@ import torch
 
 ORDERS = (3, 1)  # equal in the last three tokens; failing those, in the token itself
 ID_BITS = 21  # of one token id in the code of several
+LARGEST_INT32 = 2**31 - 1
 
 
 def find_repeats(ids: torch.Tensor) -> torch.Tensor:
@@ -49,10 +50,11 @@ def favour_one_of_each(importance: torch.Tensor, repeats: torch.Tensor) -> torch
     Returns:
         ``[G, S]`` float32, at least 0.
     """
-    importance = importance - importance.amin(1, keepdim=True).clamp_max(0)
-    order = importance.sort(dim=1, descending=True, stable=True).indices
-    numbers, place = repeats[order].sort(dim=1, stable=True)
-    entry = order.gather(1, place)  # by number, the best first
+    importance = (importance - importance.amin(1, keepdim=True).clamp_max(0)).abs()
+    # Floats from +0 on are in the order of their bits: one sort puts each number's entries together, the best first.
+    codes = (repeats << 32) | (LARGEST_INT32 - importance.view(torch.int32).to(torch.int64))
+    codes, entry = codes.sort(dim=1, stable=True)
+    numbers = codes >> 32
     count = torch.arange(repeats.numel(), device=repeats.device).expand_as(entry)
     is_first = torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
     rank = count - torch.where(is_first, count, 0).cummax(1).values

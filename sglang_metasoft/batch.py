@@ -69,6 +69,7 @@ class FusedBatch:
         consolidation = config.consolidation or method.default_consolidation
         targets = min(config.route_targets, config.route_band, self.kept.longest)
         self.targets = targets if consolidation == "attention_flow" else 0
+        self.carrying = [job.probe.carrying for job in jobs if job.probe.carrying is not None]
         self.biases_keys = consolidation == "key_bias"
 
     def compress(
@@ -137,17 +138,17 @@ class FusedBatch:
 
     def _without_repeats(self, importance: torch.Tensor) -> torch.Tensor:
         parts = [
-            favour_one_of_each(importance[:, own], job.probe.repeats[0])
-            for job, own in zip(self.jobs, self.span.ranges(), strict=True)
+            favour_one_of_each(importance[:, own], carrying.repeats[0])
+            for carrying, own in zip(self.carrying, self.span.ranges(), strict=True)
         ]
         return torch.cat(parts, dim=1)
 
     def _key_moves(self, mass: torch.Tensor, kept_rows: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
         moves = [
-            key_bias(
-                mass[:, own], kept, job.probe.repeats, job.probe.key_directions[layer], scale, job.plan.sink_tokens
+            key_bias(mass[:, own], kept, carrying.repeats, carrying.directions[layer], scale, job.plan.sink_tokens)
+            for job, carrying, own, kept in zip(
+                self.jobs, self.carrying, self.span.ranges(), self.kept_of_jobs(kept_rows), strict=True
             )
-            for job, own, kept in zip(self.jobs, self.span.ranges(), self.kept_of_jobs(kept_rows), strict=True)
         ]
         return torch.cat(moves)
 

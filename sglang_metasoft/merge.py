@@ -1,8 +1,8 @@
 """K, V, Routes -> MergedKV: the consolidated entries of one layer.
 
 A consolidation is a function in :data:`sglang_metasoft.config.CONSOLIDATIONS`; the names of its parameters say what it
-is given. It returns the kept entries' new values, ``[B, G, d]`` float32, or, if it is given ``key_directions``, what their
-keys are moved by.
+is given. It returns the kept entries' new values, ``[B, G, d]`` float32, or, if it is given ``key_directions``, what
+their keys are moved by.
 """
 
 import functools
@@ -85,6 +85,7 @@ def consolidate(
     kept_keys = gather(keys, routes.kept)
     if consolidation.function is None or routes.dropped.shape[1] == 0:
         return MergedKV(kept_keys, gather(values, routes.kept))
+    carrying = view.job.probe.carrying
     available = dict(
         keys=keys,
         values=values,
@@ -96,8 +97,8 @@ def consolidate(
         kernels=kernels,
         seen_tokens=view.seen_tokens,
         sink_tokens=view.job.plan.sink_tokens,
-        repeats=view.job.probe.repeats,
-        key_directions=view.key_directions,
+        repeats=carrying and carrying.repeats,
+        key_directions=carrying and carrying.directions[view.layer],
         **routes._asdict(),
     )
     merged = consolidation.function(**{name: available[name] for name in consolidation.inputs})

@@ -59,8 +59,8 @@ def compress_layer(
         raw_mass = raw.importance if raw.mass is None else raw.mass
         finite_scores = raw.importance.isfinite().all() & raw_mass.isfinite().all()
         scores = Scores(raw.importance.nan_to_num(0.0, 0.0, 0.0), raw_mass.nan_to_num(0.0, 0.0, 0.0))
-        if job.probe.repeats is not None:
-            scores = scores._replace(importance=favour_one_of_each(scores.importance, job.probe.repeats[0]))
+        if job.probe.carrying is not None:
+            scores = scores._replace(importance=favour_one_of_each(scores.importance, job.probe.carrying.repeats[0]))
     consolidation = load_consolidation(config.consolidation or method.default_consolidation)
     targets = config.route_targets if "targets" in consolidation.inputs else 0
     with clock("route"):

@@ -5,7 +5,7 @@ from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.repeats import find_repeats
 from sglang_metasoft.reread import with_reread
 from sglang_metasoft.score.base import Method
-from sglang_metasoft.types import Probe, Prompt
+from sglang_metasoft.types import Carrying, Probe, Prompt
 
 
 def make_probe(method: Method, prompt: Prompt, config: MetaSoftConfig) -> Probe:
@@ -16,6 +16,8 @@ def make_probe(method: Method, prompt: Prompt, config: MetaSoftConfig) -> Probe:
     if consolidation.refits:
         probe = with_reread(probe, prompt, method.embed, config.reread_tokens)
     if consolidation.biases_keys:
+        if method.key_directions is None:
+            raise ValueError("a method has to be prepared for a consolidation that biases keys")
         directions = method.key_directions.at(prompt.context_tokens)
-        probe = probe._replace(repeats=find_repeats(prompt.span_ids), key_directions=directions)
+        probe = probe._replace(carrying=Carrying(find_repeats(prompt.span_ids), directions))
     return probe

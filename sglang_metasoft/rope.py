@@ -1,5 +1,7 @@
 """Turning queries and keys by position, as the model's rotary embedding does."""
 
+from typing import Any
+
 import torch
 
 from sglang_metasoft.types import Rope
@@ -33,7 +35,7 @@ def read_rope(model) -> Rope:
     Raises:
         ValueError: it has none that is the same in all layers.
     """
-    module = getattr(model.get_decoder(), "rotary_emb", None)
+    module: Any = getattr(model.get_decoder(), "rotary_emb", None)
     if not isinstance(getattr(module, "inv_freq", None), torch.Tensor):
         raise ValueError(f"model class {type(model).__name__} has no one rotary embedding; the consolidation needs it")
     positions = torch.arange(model.config.max_position_embeddings, device=module.inv_freq.device)

@@ -93,6 +93,13 @@ class Prompt(NamedTuple):
         return torch.cat([self.span_ids, self.tail_ids])[-tokens:]
 
 
+class Carrying(NamedTuple):
+    """What has to be known of a prompt so that the kept entries' keys can carry the attention of the others."""
+
+    repeats: torch.Tensor  # [n, S] int64, of sglang_metasoft.repeats
+    directions: torch.Tensor  # [layers, G, d] float32, of sglang_metasoft.key_bias, where this prompt ends
+
+
 class Probe(NamedTuple):
     """The tokens that probe one prompt."""
 
@@ -100,8 +107,7 @@ class Probe(NamedTuple):
     context_slots: int  # entries of the row that they see (C)
     first_position: int  # logical position of the first; the others follow
     ranking_tokens: int | None = None  # the first of them, which rank; the others are there for a refit. None: all
-    repeats: torch.Tensor | None = None  # [n, S] int64 of sglang_metasoft.repeats, if kept entries carry their repeats
-    key_directions: torch.Tensor | None = None  # [layers, G, d] of sglang_metasoft.key_bias, where this prompt ends
+    carrying: Carrying | None = None  # if keys are to be biased
 
 
 class LayerPool(NamedTuple):
@@ -145,12 +151,6 @@ class LayerView(NamedTuple):
     def seen_tokens(self) -> int:
         """Span entries before the first probe token; probe token j sees ``seen_tokens + j + 1`` of them, at most S."""
         return self.job.probe.context_slots - self.job.plan.start_slots
-
-    @property
-    def key_directions(self) -> torch.Tensor | None:
-        """``[G, d]`` of this layer."""
-        directions = self.job.probe.key_directions
-        return None if directions is None else directions[self.layer]
 
 
 class Scores(NamedTuple):

@@ -163,8 +163,8 @@ class InspectedModel:
             out, routes, merged, _ = compress_layer(job, q, k, v, pool, recorder, config, gate, layer)
             gates = torch.as_tensor(gate, dtype=torch.float32, device="cpu").flatten().expand(self.shape.num_kv_heads)
             importance = recorder.importance
-            if probe.repeats is not None:
-                importance = favour_one_of_each(importance, probe.repeats[0])
+            if probe.carrying is not None:
+                importance = favour_one_of_each(importance, probe.carrying.repeats[0])
             layers.append(CompressedLayer(importance, routes, merged, gates))
             return out
 

@@ -11,7 +11,7 @@ from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.repeats import find_repeats
 from sglang_metasoft.score import load_method
-from sglang_metasoft.types import Job, LayerPool, Plan, Probe
+from sglang_metasoft.types import Carrying, Job, LayerPool, Plan, Probe
 from tests.kernels.cases import DEVICE, Case, make_pool, randn
 
 SPANS, KEPT, WINDOW = [150, 64, 97], [40, 16, 97], 10
@@ -26,7 +26,7 @@ def make_jobs(case, pool, biases_keys):
         probe = Probe(torch.empty(9 if span == 64 else 12, 1), slots.numel(), slots.numel())
         if biases_keys:
             ids = torch.arange(span, device=DEVICE) // 2 % 20
-            probe = probe._replace(repeats=find_repeats(ids), key_directions=randn(1, 3, 64))
+            probe = probe._replace(carrying=Carrying(find_repeats(ids), randn(1, 3, 64)))
         jobs.append(Job(plan, probe, slots, slots[:span], pool.free[new : new + kept]))
         begin, new = begin + span + WINDOW, new + kept
     return jobs

@@ -115,7 +115,7 @@ class Reference:
 
     @staticmethod
     def bias(ids: list[int], mass: torch.Tensor, kept: list[int], sink: int) -> torch.Tensor:
-        """[B] what one head's kept entries carry: the mass of the same three tokens, of the same token, half of the rest."""
+        """[B] what one head's kept entries carry: mass of the same three tokens, of the same token, half the rest."""
         stay = kept[sink:]
         by_three, by_token = {}, {}
         for i in stay:
@@ -129,14 +129,15 @@ class Reference:
                 carried[j] += mass[i].item() * mass[j].item() / total
             rest += 0.0 if heirs else mass[i].item()
         more = 1 + 0.5 * rest / sum(carried.values())
-        return torch.tensor([0.0] * sink + [carried[i] * more / mass[i].item() for i in stay]).clamp(min=1, max=E4).log()
+        shares = [1.0] * sink + [carried[i] * more / mass[i].item() for i in stay]
+        return torch.tensor(shares).clamp(min=1, max=E4).log()
 
     @torch.no_grad()
     def compress(
         self, ids: list[int], window: int, kept_entries: int, sink: int, targets: int,
         calibration: list[int] | None = None,
     ) -> Compressed:  # fmt: skip
-        """Prefill, probe, partition, consolidate: by attention flow or, if a text to calibrate on is given, key biases."""
+        """Prefill, probe, partition, consolidate: by attention flow, or by key biases, given a text to calibrate on."""
         span_len = len(ids) - window
         raw = self.model(torch.tensor([ids]), use_cache=True).past_key_values
         layers = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in raw.layers]  # [G, L, d]

@@ -40,4 +40,4 @@ def test_a_methods_row_is_what_its_class_says(name):
 @pytest.mark.parametrize("name", CONSOLIDATIONS)
 def test_a_consolidations_row_is_what_its_function_says(name):
     row, consolidation = rows("| consolidation |")[name], load_consolidation(name)
-    assert row["needs queries"] == YES[consolidation.needs_probe]
+    assert row["needs queries"] == YES[consolidation.refits]

@@ -17,13 +17,18 @@ FLAGS = ["--dtype", "float32", "--enable-metasoft", "--metasoft-window", "16", "
 ON_GPU = torch.cuda.is_available()
 
 
+@pytest.fixture(scope="module", params=["attention_flow", "key_bias"])
+def consolidation(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def outcomes(start_server, document_ids, tmp_path_factory):
+def outcomes(consolidation, start_server, document_ids, tmp_path_factory):
     """What servers with either kernels chose, wrote and answered, and their start-up lines."""
     results = {}
     for kernels in ("torch", "triton"):
         trace_dir = tmp_path_factory.mktemp(kernels)
-        config = SETTINGS | {"kernels": kernels, "trace_dir": str(trace_dir)}
+        config = SETTINGS | {"kernels": kernels, "trace_dir": str(trace_dir), "consolidation": consolidation}
         env = {"TRITON_INTERPRET": "1"} if kernels == "triton" and not ON_GPU else {}
         server = start_server(*FLAGS, "--metasoft-config", json.dumps(config), env=env)
         response = server.generate(document_ids[:PROMPT_TOKENS], NEW_TOKENS, rid="kernels")
@@ -34,11 +39,14 @@ def outcomes(start_server, document_ids, tmp_path_factory):
     return results
 
 
-def test_both_keep_the_same_entries_and_give_the_same_answer(outcomes):
+def test_both_keep_the_same_entries_and_give_the_same_answer(outcomes, consolidation):
     (ours, answer, _), (theirs, expected_answer, _) = outcomes["triton"], outcomes["torch"]
     assert torch.equal(ours["kept"], theirs["kept"]) and answer == expected_answer
-    assert torch.equal(ours["key"], theirs["key"])
-    torch.testing.assert_close(ours["value"], theirs["value"], atol=2e-4, rtol=1e-3)
+    close = dict(atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        ours["key"], theirs["key"], **(close if consolidation == "key_bias" else dict(atol=0, rtol=0))
+    )
+    torch.testing.assert_close(ours["value"], theirs["value"], **close)
 
 
 def test_the_start_up_line_says_what_runs(outcomes):

@@ -43,7 +43,7 @@ def fit_key_directions(model, shape: ModelShape, device: torch.device) -> KeyDir
         ValueError: the model has no rotary embedding, or several.
     """
     rope = without_factor(model.rope())
-    ids = torch.tensor(_calibration_ids(model, shape), device=device)
+    ids = torch.tensor(_calibration_ids(model, shape)[: len(rope.cos_sin)], device=device)
     directions = []
     for queries in model.queries(ids):
         groups = max(1, queries.shape[1] * shape.num_kv_heads // shape.num_heads)

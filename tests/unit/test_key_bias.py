@@ -11,7 +11,7 @@ from sglang_metasoft.key_bias import AHEAD_TOKENS, FIRST_TOKENS, fit_key_directi
 from sglang_metasoft.repeats import ID_BITS, ORDERS, favour_one_of_each, find_repeats
 from sglang_metasoft.rope import rotate, rotate_all
 from sglang_metasoft.types import Rope
-from tests.unit.methods import CPU, SHAPE, TinyModel
+from tests.unit.methods import CPU, SHAPE, TinyModel, rope_table
 
 S, G, B, D, SINKS = 60, 3, 20, 16, 2
 
@@ -161,6 +161,15 @@ def test_a_server_without_a_tokenizer_fits_to_random_tokens():
     assert fit_key_directions(model, SHAPE, CPU).unturned.isfinite().all()
     assert asked[0].numel() == 1024 and 0 <= asked[0].min() and asked[0].max() < SHAPE.vocab_size
     assert asked[0].unique().numel() > 500
+
+
+def test_a_model_of_few_positions_reads_as_many_tokens():
+    model, asked = TinyModel(CPU), []
+    model.rope = lambda: Rope(rope_table(200), True)
+    take = model.queries
+    model.queries = lambda ids: asked.append(ids.numel()) or take(ids)
+    found = fit_key_directions(model, SHAPE, CPU)
+    assert asked == [200] and found.unturned.isfinite().all() and found.at(5000).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)

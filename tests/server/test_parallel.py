@@ -1,5 +1,7 @@
 """Tensor parallel: the same text as one process. Data parallel: every replica has an index of its own."""
 
+import json
+
 import pytest
 
 from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
@@ -19,10 +21,12 @@ def talk(server, document_ids) -> list[dict]:
     return [first, second, other, server.generate(document + document_ids[2700:2800], 24)]
 
 
-def test_three_tensor_parallel_ranks_answer_like_one(start_server, document_ids):
+@pytest.mark.parametrize("consolidation", ["attention_flow", "key_bias"])
+def test_three_tensor_parallel_ranks_answer_like_one(start_server, document_ids, consolidation):
     """Each rank holds one of the three KV heads."""
-    one = talk(start_server(*FLAGS, env=STRICT_CHECKS), document_ids)
-    server = start_server(*FLAGS, "--tp-size", "3", env=STRICT_CHECKS)
+    flags = [*FLAGS, "--metasoft-config", json.dumps({"consolidation": consolidation})]
+    one = talk(start_server(*flags, env=STRICT_CHECKS), document_ids)
+    server = start_server(*flags, "--tp-size", "3", env=STRICT_CHECKS)
     three = talk(server, document_ids)
     assert [response["output_ids"] for response in three] == [response["output_ids"] for response in one]
     assert [metasoft(response) for response in three] == [metasoft(response) for response in one]

@@ -4,15 +4,14 @@ Stock attention kernels add nothing to a key's logit. But the queries of a head 
 moved by ``b u / scale``, where ``q·u`` is near 1 for all of them, has its logit raised by nearly b whatever is asked.
 """
 
-from importlib.resources import files
 from typing import NamedTuple
 
 import torch
 
+from sglang_metasoft.calibration import CALIBRATION_TOKENS, calibration_ids
 from sglang_metasoft.rope import rotate, rotate_all, without_factor
 from sglang_metasoft.types import ModelShape, Rope
 
-CALIBRATION_TOKENS = 1024
 FIRST_TOKENS = 16  # queries next to the sinks are unlike all later ones
 AHEAD_TOKENS = (0, 16, 64, 256, 1024, 2048, 4096)  # how far after the compressed prompt a query may come
 RIDGE = 0.01  # of the queries' mean energy in a dimension
@@ -43,7 +42,7 @@ def fit_key_directions(model, shape: ModelShape, device: torch.device) -> KeyDir
         ValueError: the model has no rotary embedding, or several.
     """
     rope = without_factor(model.rope())
-    ids = torch.tensor(_calibration_ids(model, shape)[: len(rope.cos_sin)], device=device)
+    ids = torch.tensor(_ids_to_read(model, shape)[: len(rope.cos_sin)], device=device)
     directions = []
     for queries in model.queries(ids):
         groups = max(1, queries.shape[1] * shape.num_kv_heads // shape.num_heads)
@@ -59,10 +58,9 @@ def fit_key_directions(model, shape: ModelShape, device: torch.device) -> KeyDir
     return KeyDirections(torch.stack(directions), rope)
 
 
-def _calibration_ids(model, shape: ModelShape) -> list[int]:
-    text = files("sglang_metasoft.demo").joinpath("document.txt").read_text(encoding="utf-8")
+def _ids_to_read(model, shape: ModelShape) -> list[int]:
     try:
-        return model.encode(text)[:CALIBRATION_TOKENS]
+        return calibration_ids(model)
     except ValueError:  # a server without a tokenizer
         generator = torch.Generator().manual_seed(SEED)
         return torch.randint(shape.vocab_size, (CALIBRATION_TOKENS,), generator=generator).tolist()

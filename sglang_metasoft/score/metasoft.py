@@ -27,8 +27,11 @@ class MetaSoft(Method):
         else:
             self.soft_tokens = SoftTokens.load(config.path, shape, embed, device)
             is_shut = not self.soft_tokens.gate_scale.any()
-        if is_shut if config.gate_scale is None else config.gate_scale == 0:  # nothing would flow: spare the routing
-            self.default_consolidation = "none" if config.gate_scale == 0 else "key_bias"
+        # Where nothing would flow the routing is spared.
+        if config.gate_scale == 0:
+            self.default_consolidation = "none"
+        elif config.gate_scale is None and is_shut:
+            self.default_consolidation = "key_bias"
 
     @property
     def identity(self) -> str:

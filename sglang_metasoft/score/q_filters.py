@@ -1,13 +1,10 @@
 """Q-Filters (arXiv 2503.02812, section 3): a key is worth its projection on the queries' main direction."""
 
-from importlib.resources import files
-
 import torch
 
+from sglang_metasoft.calibration import calibration_ids
 from sglang_metasoft.score.base import Method, ServedModel
 from sglang_metasoft.types import LayerView, Scores
-
-CALIBRATION_TOKENS = 1024
 
 
 class QFilters(Method):
@@ -24,8 +21,7 @@ class QFilters(Method):
 
     def prepare(self, model: ServedModel) -> None:
         super().prepare(model)
-        text = files("sglang_metasoft.demo").joinpath("document.txt").read_text(encoding="utf-8")
-        ids = torch.tensor(model.encode(text)[:CALIBRATION_TOKENS], device=self.device)
+        ids = torch.tensor(calibration_ids(model), device=self.device)
         self.filters = [main_directions(queries.float()) for queries in model.queries(ids)]
 
     def score_layer(self, view: LayerView) -> Scores:

@@ -7,6 +7,7 @@ import torch
 from metasoft_kernels.probe import attend
 from metasoft_kernels.score import probability_blocks
 
+from sglang_metasoft.calibration import CALIBRATION_TOKENS
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS, MetaSoftConfig
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.pipeline import compress_layer
@@ -14,7 +15,6 @@ from sglang_metasoft.probe import make_probe
 from sglang_metasoft.rope import rotate
 from sglang_metasoft.score import load_method
 from sglang_metasoft.score.expected_attention import FUTURE_TOKENS, mean_rotation
-from sglang_metasoft.score.q_filters import CALIBRATION_TOKENS
 from sglang_metasoft.types import Job, LayerView, Plan, Probe, Rope
 from tests.unit.methods import (
     CPU,

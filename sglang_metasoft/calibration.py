@@ -1,0 +1,18 @@
+"""The text that start-up reads to learn what a model's queries are like."""
+
+from importlib.resources import files
+
+CALIBRATION_TOKENS = 1024
+
+
+def calibration_ids(model) -> list[int]:
+    """The first tokens of the shipped public-domain text.
+
+    Args:
+        model: a :class:`sglang_metasoft.score.base.ServedModel`.
+
+    Raises:
+        ValueError: the server has no tokenizer.
+    """
+    text = files("sglang_metasoft.demo").joinpath("document.txt").read_text(encoding="utf-8")
+    return model.encode(text)[:CALIBRATION_TOKENS]

@@ -54,7 +54,8 @@ def fit_key_directions(model, shape: ModelShape, device: torch.device) -> KeyDir
             moment += turned.transpose(1, 2) @ turned
             total += turned.sum(1)
         ridge = RIDGE * moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(shape.head_dim).to(moment)
-        directions.append(torch.linalg.solve_ex((moment + ridge).cpu(), total.cpu())[0].to(device))
+        solution, _ = torch.linalg.solve_ex((moment + ridge).cpu(), total.cpu())
+        directions.append(solution.nan_to_num(0.0, 0.0, 0.0).to(device))  # a head without queries carries no bias
     return KeyDirections(torch.stack(directions), rope)
 
 

@@ -163,6 +163,21 @@ def test_a_server_without_a_tokenizer_fits_to_random_tokens():
     assert asked[0].unique().numel() > 500
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_head_without_queries_has_no_direction(value):
+    model = TinyModel(CPU)
+    take = model.queries
+
+    def queries(ids):
+        found = take(ids)
+        found[0][:, :2] = value  # all query heads of KV head 0
+        return found
+
+    model.queries = queries
+    found = fit_key_directions(model, SHAPE, CPU).unturned
+    assert found.isfinite().all() and not found[0, 0].any() and found[0, 1:].any() and found[1].any()
+
+
 def test_a_model_of_few_positions_reads_as_many_tokens():
     model, asked = TinyModel(CPU), []
     model.rope = lambda: Rope(rope_table(200), True)

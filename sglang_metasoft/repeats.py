@@ -1,4 +1,4 @@
-"""What a prompt says more than once: entries after the same tokens are nearly the same, and one can stand for many."""
+"""What a prompt says more than once: entries of equal last tokens are nearly the same, and one can stand for many."""
 
 import torch
 

@@ -51,6 +51,22 @@ def favour_one_of_each(importance: torch.Tensor, repeats: torch.Tensor) -> torch
         ``[G, S]`` float32, at least 0.
     """
     importance = (importance - importance.amin(1, keepdim=True).clamp_max(0)).abs()
+    rank = rank_among_repeats(importance, repeats)
+    same = repeats.expand_as(rank)
+    total = torch.zeros_like(importance).scatter_add_(1, same, importance).gather(1, same)
+    return torch.where(rank == 0, (importance * total).sqrt(), importance / (1 + rank))
+
+
+def rank_among_repeats(importance: torch.Tensor, repeats: torch.Tensor) -> torch.Tensor:
+    """How many entries of equal number come before each one.
+
+    Args:
+        importance: ``[G, S]`` float32, at least 0.
+        repeats: as for :func:`favour_one_of_each`.
+
+    Returns:
+        ``[G, S]`` int64.
+    """
     # Floats from +0 on are in the order of their bits: one sort puts each number's entries together, the best first.
     codes = (repeats << 32) | (LARGEST_INT32 - importance.view(torch.int32).to(torch.int64))
     codes, entry = codes.sort(dim=1, stable=True)
@@ -58,7 +74,4 @@ def favour_one_of_each(importance: torch.Tensor, repeats: torch.Tensor) -> torch
     count = torch.arange(repeats.numel(), device=repeats.device).expand_as(entry)
     is_first = torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
     rank = count - torch.where(is_first, count, 0).cummax(1).values
-    rank = torch.empty_like(rank).scatter_(1, entry, rank)
-    same = repeats.expand_as(entry)
-    total = torch.zeros_like(importance).scatter_add_(1, same, importance).gather(1, same)
-    return torch.where(rank == 0, (importance * total).sqrt(), importance / (1 + rank))
+    return torch.empty_like(rank).scatter_(1, entry, rank)

@@ -8,8 +8,8 @@ from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Scores
 class MetaSoft(Method):
     """Soft tokens appended after the prompt; what they attend to stays.
 
-    A trained compressor may bring an entry scorer, which refines the ranking; the consolidation's gate goes by the
-    attention itself.
+    A trained compressor may bring an entry scorer, which refines the ranking. The consolidation's gate goes by the
+    attention itself; what a kept key carries by the geometric mean of the two, nearer to the answers' than either.
     """
 
     reads_path = True
@@ -68,7 +68,8 @@ class MetaSoft(Method):
             mode=int(view.job.plan.ends_at_boundary),
             where=(view.layer, heads),
         )
-        return Scores(log_importance.softmax(-1), mass)
+        importance = log_importance.softmax(-1)
+        return Scores(importance, mass if view.job.probe.carrying is None else (mass * importance).sqrt())
 
     def gate_scale(self, layer, first_kv_head, num_kv_heads):
         if self.config.gate_scale is not None:

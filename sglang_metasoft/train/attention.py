@@ -88,10 +88,11 @@ class Probing:
 
 
 class Fading:
-    """Attention to a context whose entries are faded out, with gradients to how much each one is.
+    """Attention to a context whose entries are faded out, or made to carry others, with gradients to how much.
 
     Args:
-        log_keep: ``[layers, G, S]``, at most 0: added to the logits of the context's first S entries.
+        log_keep: ``[layers, G, S]``, added to the logits of the context's first S entries: at most 0 for what fades,
+            -inf for what is gone, above 0 for what carries more than itself.
     """
 
     def __init__(self, log_keep: torch.Tensor) -> None:

@@ -28,6 +28,7 @@ HELP = {
     "lost_weight": "weight of the attention lost at a cut, beside the divergence",
     "answer_weight": "weight of the change in answers under a soft cut; 0: attention maps alone",
     "answer_cut": "the answers' soft cut is by the span, or by the prompt's budget less the raw window, as served",
+    "consolidation": "what losses and validation reckon with; auto: key_bias for metasoft with gate 0, otherwise none",
     "ratios": "span tokens per kept entry that the losses cut at; each context draws one of these",
     "gate": "scale of the consolidation's gate in the compressor, not trained; 1: the paper's",
     "min_prefix_tokens": "shortest prefix",
@@ -135,7 +136,8 @@ def train(settings: TrainSettings) -> dict[str, float]:
 
     def validate(student) -> dict[str, float]:
         rankers = RANKERS | {settings.method: ranking(student)}
-        return evaluate(backbone, validation_contexts(dataset, store, settings), rankers)
+        contexts = validation_contexts(dataset, store, settings)
+        return evaluate(backbone, contexts, rankers, biases_keys=settings.biases_keys)
 
     scores = trainer.run(curves, validate)
     if accelerator.is_main_process:

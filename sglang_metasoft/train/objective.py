@@ -41,7 +41,7 @@ def losses(log_importance: torch.Tensor, target: torch.Tensor, ratio: float, map
         divergence = (errors / wanted.square().sum(-1).clamp_min(CUT_FLOOR)).mean()
     else:
         divergence = (wanted * (wanted.clamp_min(CUT_FLOOR).log() - scores.log_softmax(-1))).sum(-1).mean()
-    lost = 1 - (wanted * torch.sigmoid(_above_cut(scores, scores.shape[-1] / ratio))).sum(-1).mean()
+    lost = (wanted * log_share_dropped(log_importance, ratio).exp()).sum(-1).mean()
     return Losses(divergence, lost)
 
 
@@ -49,6 +49,12 @@ def log_keep(log_importance: torch.Tensor, kept: int) -> torch.Tensor:
     """``[layers, G, S]``: log of how much of each entry a soft cut after ``kept`` entries leaves; 0 for sinks."""
     scores = log_importance[..., SINKS:]
     return torch.nn.functional.pad(torch.nn.functional.logsigmoid(_above_cut(scores, kept - SINKS)), (SINKS, 0))
+
+
+def log_share_dropped(log_importance: torch.Tensor, ratio: float) -> torch.Tensor:
+    """``[layers, G, S - sinks]``: log of how much of each entry a soft cut at the ratio drops."""
+    scores = log_importance[..., SINKS:]
+    return torch.nn.functional.logsigmoid(-_above_cut(scores, scores.shape[-1] / ratio))
 
 
 def _above_cut(scores: torch.Tensor, kept: float) -> torch.Tensor:

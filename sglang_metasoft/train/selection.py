@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 import torch
 from metasoft_kernels.merge import gather
+from metasoft_kernels.merge.key_bias import log_biases
 from metasoft_kernels.select import split_top
 from torch.nn.functional import avg_pool1d, cross_entropy
 
 from sglang_metasoft.policy import MIN_KEPT_SLOTS
-from sglang_metasoft.train.attention import Probing
+from sglang_metasoft.repeats import favour_one_of_each
+from sglang_metasoft.train.attention import Fading, Probing
 from sglang_metasoft.train.backbone import Attend, Backbone, Layers
 from sglang_metasoft.train.prepare import SINKS, Context
 
@@ -42,9 +44,12 @@ def cut_slots(context: Context, ratio: float, by: str = "span") -> int:
     return min(span, max(math.ceil(span / ratio), MIN_KEPT_SLOTS))
 
 
-def top(log_importance: torch.Tensor, kept: int) -> torch.Tensor:
-    """``[layers, G, B]`` indices kept, sinks included."""
-    return torch.stack([split_top(layer, kept, SINKS)[0] for layer in log_importance.float()])
+def top(importance: torch.Tensor, kept: int, repeats: torch.Tensor | None = None) -> torch.Tensor:
+    """``[layers, G, B]`` indices kept of ``[layers, G, S]``, sinks included; ``repeats`` stand back (``key_bias``)."""
+    layers = importance.float()
+    if repeats is not None:
+        layers = [favour_one_of_each(layer, repeats[0]) for layer in layers]
+    return torch.stack([split_top(layer, kept, SINKS)[0] for layer in layers])
 
 
 def overlap(ours: torch.Tensor, theirs: torch.Tensor, span: int) -> float:
@@ -74,12 +79,25 @@ def shorten(context: Context, kept: torch.Tensor) -> Layers:
     return Layers(layers)
 
 
+def with_biases(mass: torch.Tensor, kept: torch.Tensor, repeats: torch.Tensor) -> Fading:
+    """Attention to kept entries ``[layers, G, B]`` alone, each with what ``key_bias`` lets it carry.
+
+    Args:
+        mass: ``[layers, G, S]`` attention that entries stand for.
+        repeats: as :func:`sglang_metasoft.repeats.find_repeats` gives.
+    """
+    biases = torch.stack([log_biases(m.float(), k, repeats, SINKS) for m, k in zip(mass, kept, strict=True)])
+    return Fading(torch.full_like(mass.float(), float("-inf")).scatter_(2, kept, biases))
+
+
 @torch.no_grad()
-def answer_score(backbone: Backbone, context: Context, layers: Layers | None = None) -> AnswerScore:
+def answer_score(
+    backbone: Backbone, context: Context, layers: Layers | None = None, attend: Attend | None = None
+) -> AnswerScore:
     """Answers over ``layers`` in place of the context's own; the last prompt token is run again over them."""
     losses, hits, tokens = 0.0, 0, 0
     for number, (_, answer) in enumerate(context.answers):
-        logits = answer_logits(backbone, context, number, layers).float()
+        logits = answer_logits(backbone, context, number, layers, attend).float()
         wanted = backbone.tensor(answer)
         losses += cross_entropy(logits, wanted, reduction="sum").item()
         hits += bool((logits.argmax(-1) == wanted).all())

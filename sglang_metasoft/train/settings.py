@@ -9,8 +9,10 @@ METHODS = ("metasoft", "judge_q")
 FEATURES = {"both": (True, True), "span": (True, False), "tail": (False, True), "none": (False, False)}
 DTYPES = ("float32", "bfloat16")
 CUTS = ("span", "prompt")
+CONSOLIDATIONS = ("auto", "none", "key_bias")
 CHOICES = {
-    "method": METHODS, "dtype": DTYPES, "selector_features": tuple(FEATURES), "map_loss": MAP_LOSSES, "answer_cut": CUTS
+    "method": METHODS, "dtype": DTYPES, "selector_features": tuple(FEATURES), "map_loss": MAP_LOSSES,
+    "answer_cut": CUTS, "consolidation": CONSOLIDATIONS,
 }  # fmt: skip
 
 
@@ -39,6 +41,9 @@ class TrainSettings:
     lost_weight: float = 1.0  # of the attention lost at a cut, beside the divergence
     answer_weight: float = 1.0  # of the change in the answers' next-token distributions; 0: attention maps alone
     answer_cut: str = "span"  # what the answers' cut goes by: the span, or the whole prompt's budget as in the server
+    consolidation: str = (
+        "auto"  # that losses and validation reckon with; auto: the server's default, if it is one of these
+    )
     ratios: tuple[float, ...] = (3.0, 4.0, 4.0, 8.0, 8.0, 16.0)  # of the soft cut; each context draws one of them
     gate: float = 0.0  # scale of the consolidation's gate, not trained; 1: the paper's, which raised the answers' loss
     min_prefix_tokens: int = 350
@@ -87,6 +92,13 @@ class TrainSettings:
     def total_steps(self) -> int:
         """Both stages; static soft tokens have one."""
         return self.steps + (self.selector_steps if self.method == "metasoft" else 0)
+
+    @property
+    def biases_keys(self) -> bool:
+        """Whether the compressor is trained for ``key_bias``, which is what the server does where a gate is shut."""
+        if self.consolidation == "auto":
+            return self.method == "metasoft" and self.gate == 0
+        return self.consolidation == "key_bias"
 
     def fingerprint(self) -> dict:
         """What must not change between an interrupted run and its continuation."""

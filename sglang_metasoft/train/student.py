@@ -25,6 +25,10 @@ class Student(nn.Module):
         """``[layers, G, S]`` log importance from attention ``[layers, G, S]``."""
         return mass.clamp_min(MASS_FLOOR).log()
 
+    def carried(self, mass: torch.Tensor, log_importance: torch.Tensor) -> torch.Tensor:
+        """``[layers, G, S]`` attention that entries stand for where keys are biased, as in the server."""
+        return mass
+
     def probe(self, backbone: Backbone, context: Context, noise: torch.Tensor | None = None) -> torch.Tensor:
         """``[layers, G, S]`` attention that the soft tokens pay to the span."""
         probing = Probing(len(context.span_ids))
@@ -98,6 +102,11 @@ class Dynamic(Student):
         span, last = context.span_ids.to(backbone.device), context.last_ids.to(backbone.device)
         logits = self.soft.selection_logits(self.soft.features(backbone.embed, span, last), int(context.at_boundary))
         return self.soft.compose(logits if noise is None else logits + noise)
+
+    def carried(self, mass, log_importance):
+        if self.soft.scorer is None:
+            return mass
+        return ((mass.clamp_min(MASS_FLOOR).log() + log_importance.log_softmax(-1)) / 2).exp()
 
     def refine(self, mass, context, backbone):
         if self.soft.scorer is None:

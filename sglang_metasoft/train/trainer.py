@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from sglang_metasoft.train import checkpoint
+from sglang_metasoft.repeats import find_repeats
+from sglang_metasoft.train import checkpoint, key_bias
 from sglang_metasoft.train.attention import Fading
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.curves import Curves
@@ -155,13 +156,20 @@ class Trainer:
         mass = self.student.probe(self.backbone, context, noise)
         importance = self.student.refine(mass, context, self.backbone)
         refined = losses(importance, target, ratio, s.map_loss)
-        terms = {"divergence": (1.0, refined.divergence), "lost": (s.lost_weight, refined.lost)}
+        ranking, lost, kinds = importance, refined.lost, None
+        if s.biases_keys:
+            kinds = find_repeats(context.span_ids.to(self.backbone.device))[0]
+            ranking = key_bias.favour(importance, kinds)
+            lost = key_bias.lost(ranking, target, ratio, kinds)
+        terms = {"divergence": (1.0, refined.divergence), "lost": (s.lost_weight, lost)}
         if s.answer_weight:
             number = rng.randrange(len(context.answers))
             with torch.no_grad():
                 full = answer_logits(self.backbone, context, number)
-            fading = Fading(log_keep(importance, cut_slots(context, ratio, s.answer_cut)))
-            faded = answer_logits(self.backbone, context, number, attend=fading)
+            left = log_keep(ranking, cut_slots(context, ratio, s.answer_cut))
+            if kinds is not None:
+                left = key_bias.carry(left, self.student.carried(mass, importance), kinds)
+            faded = answer_logits(self.backbone, context, number, attend=Fading(left))
             terms["answer divergence"] = (s.answer_weight, answer_divergence(full, faded))
         if s.method == "metasoft" and s.scorer_width:
             plain = losses(Student.refine(self.student, mass, context, self.backbone), target, ratio, s.map_loss)

@@ -157,6 +157,7 @@ class Reference:
             mass = per_group[:, :span_len]
             rank = torch.stack([self.refined(number, g, mass[g], keys[g], values[g]) for g in range(groups)])
             if calibration:
+                mass = (mass * rank).sqrt() if "scorer.out" in self.weights else mass
                 rank = torch.stack([self.without_repeats(ids, row) for row in rank])
             result.importance.append(rank)
             kept_per_head, new_keys, new_values, contested_per_head = [], [], [], []

@@ -7,22 +7,26 @@ import sys
 
 import pytest
 import torch
+from metasoft_kernels.merge.key_bias import log_biases
 from metasoft_kernels.probe import attend
 from metasoft_kernels.score import importance
 from transformers import AutoModelForCausalLM
 
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.entry_scorer import EntryScorer
+from sglang_metasoft.repeats import favour_one_of_each, find_repeats
 from sglang_metasoft.score.metasoft import MetaSoft
+from sglang_metasoft.train import key_bias
 from sglang_metasoft.train.attention import Probing, Watch
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.dataset import Dataset
 from sglang_metasoft.train.generators import GENERATORS
 from sglang_metasoft.train.objective import losses
 from sglang_metasoft.train.prepare import prepare
-from sglang_metasoft.train.selection import answer_score, cut_slots, kept_slots, shorten, top
+from sglang_metasoft.train.selection import answer_score, cut_slots, kept_slots, shorten, top, with_biases
+from sglang_metasoft.train.student import Dynamic
 from sglang_metasoft.train.texts import HeldOut, read_corpus
-from sglang_metasoft.types import Job, LayerPool, LayerView, Plan, Probe
+from sglang_metasoft.types import Carrying, Job, LayerPool, LayerView, Plan, Probe
 
 CPU = torch.device("cpu")
 
@@ -132,6 +136,70 @@ def test_the_squared_error_is_a_share_of_the_targets_square():
     assert flat == pytest.approx((1 - 1 / 46) ** 2 + 45 / 46**2, rel=1e-4)
 
 
+def test_repeats_stand_back_in_training_as_in_the_server():
+    importance, kinds = torch.rand(2, 3, 50), torch.randint(0, 20, (50,))
+    ours = key_bias.favour(importance.log(), kinds)
+    theirs = torch.stack([favour_one_of_each(layer, kinds) for layer in importance])
+    torch.testing.assert_close(ours.exp(), theirs)
+    torch.testing.assert_close(key_bias.favour(importance.log() - 90, kinds), ours - 90)  # up to a constant
+
+
+def test_attention_is_lost_with_the_last_of_a_kind():
+    scores, target = torch.randn(2, 3, 50) * 400, torch.rand(2, 3, 50)  # far from the cut: as good as hard
+    kept = scores[..., 4:].topk(23).indices.flatten(0, 1) + 4
+    for kinds in (torch.arange(50), torch.randint(0, 25, (50,))):
+        shares = []
+        for row, wanted in zip(kept, target.flatten(0, 1), strict=True):
+            is_gone = (kinds[:, None] != kinds[row]).all(1)
+            shares.append(wanted[4:][is_gone[4:]].sum() / wanted[4:].sum())
+        ours = key_bias.lost(scores, target, 2, kinds)
+        assert ours.item() == pytest.approx(sum(shares).item() / len(shares), abs=0.02)
+    each = key_bias.lost(scores, target, 2, torch.arange(50))
+    torch.testing.assert_close(each, losses(scores, target, 2).lost)
+
+
+def test_what_stays_carries_in_training_what_it_carries_in_the_server():
+    kinds = torch.cat([torch.arange(4), 4 + torch.arange(25).repeat(2)])  # four sinks and two of each
+    mass = torch.rand(2, 3, 54)
+    picked = torch.where(torch.rand(2, 3, 25) < 0.5, torch.arange(25), torch.arange(25, 50)).sort(-1).values
+    kept = torch.cat([torch.arange(4).expand(2, 3, -1), 4 + picked], -1)
+    cut = torch.full_like(mass, -60.0).scatter_(2, kept, 0.0).requires_grad_()
+    ours = key_bias.carry(cut, mass, kinds)
+    expected = torch.stack([log_biases(m, k, kinds[None], 4) for m, k in zip(mass, kept, strict=True)])
+    torch.testing.assert_close(ours.gather(2, kept), expected)
+    assert expected.max() > 0 and ours.scatter(2, kept, -60.0).max() < -50
+    ours.sum().backward()
+    assert cut.grad.isfinite().all() and cut.grad.abs().sum() > 0
+
+
+def test_answers_over_biased_entries(backbone, prepared):
+    """Everything kept carries nothing; one of two equal entries carries both."""
+    for context in (prepared.inside(0, 16), prepared.boundary(16)):
+        span = len(context.span_ids)
+        full = answer_score(backbone, context)
+        repeats = find_repeats(context.span_ids)
+        everything = top(context.target, span, repeats)
+        carried = with_biases(context.target, everything, repeats)
+        assert carried.log_keep.abs().max() == 0
+        assert answer_score(backbone, context, attend=carried).loss == pytest.approx(full.loss, abs=1e-4)
+        some = with_biases(context.target, top(context.target, span // 2, repeats), repeats).log_keep
+        assert (some == float("-inf")).sum(-1).unique().tolist() == [span - span // 2] and some.max() > 0
+
+
+def test_the_student_carries_what_the_method_in_the_server_says(backbone, prepared):
+    context = prepared.inside(0, 16)
+    student = Dynamic.create(backbone, 4, 4, "both", 3)
+    student.calibrate(backbone, [context], 1)
+    mass = student.probe(backbone, context).detach()
+    with torch.no_grad():
+        refined = student.refine(mass, context, backbone)
+        torch.testing.assert_close(
+            student.carried(mass, refined), (mass * refined.softmax(-1)).sqrt(), atol=1e-6, rtol=1e-4
+        )
+    bare = Dynamic.create(backbone, 4, 0, "both", 3)
+    assert bare.carried(mass, bare.refine(mass, context, backbone)) is mass
+
+
 @pytest.fixture
 def scorer():
     generator = torch.Generator().manual_seed(5)
@@ -182,6 +250,13 @@ def test_the_server_ranks_as_training_does(scorer, at_boundary):
     expected = scorer(scores.mass, *entry, int(at_boundary), (1,)).softmax(-1)
     torch.testing.assert_close(scores.importance, expected)
     torch.testing.assert_close(scores.mass, importance(q, pool.key, slots, lse, 0.3))
+    carrying = job.probe._replace(carrying=Carrying(None, None))
+    biased = method.score_layer(LayerView(job._replace(probe=carrying), pool, q, lse, 1))
+    assert torch.equal(biased.importance, scores.importance)
+    student = Dynamic.__new__(Dynamic)
+    torch.nn.Module.__init__(student)
+    student.soft = method.soft_tokens
+    torch.testing.assert_close(biased.mass, student.carried(scores.mass, scores.importance.log()))
 
 
 def test_overlap_is_found_by_runs_of_words():

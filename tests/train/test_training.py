@@ -175,6 +175,25 @@ def test_the_answers_are_cut_as_the_setting_says(settings):
     assert by_span["answer divergence boundary"] == by_prompt["answer divergence boundary"]  # nothing follows the span
 
 
+@pytest.mark.parametrize(
+    "method, gate, biases", [("metasoft", 0, True), ("metasoft", 0.5, False), ("judge_q", 0, False)]
+)
+def test_losses_reckon_with_the_consolidation_that_will_serve(settings, method, gate, biases):
+    rows, scores = {}, {}
+    for name in ("auto", "none", "key_bias"):
+        s = settings(method=method, gate=gate, consolidation=name, output=settings().output.with_name(name))
+        scores[name] = train(s)
+        first = (s.output / "curves.jsonl").read_text().splitlines()[0]
+        rows[name] = {key: value for key, value in json.loads(first).items() if key != "step"}
+    assert rows["auto"] == rows["key_bias" if biases else "none"]
+    assert rows["none"]["divergence"] == rows["key_bias"]["divergence"]  # the maps are the same
+    assert rows["none"]["lost"] > rows["key_bias"]["lost"]  # to lose an entry is not to lose its kind
+    assert rows["none"]["answer divergence"] != rows["key_bias"]["answer divergence"]
+    for ranker in ("snapkv", "oracle"):
+        key = f"answer loss {ranker} boundary 8x"
+        assert scores["none"][key] != scores["key_bias"][key]
+
+
 @pytest.mark.parametrize("method, tensor", [("metasoft", "library"), ("judge_q", "static_tokens")])
 def test_a_run_starts_from_a_compressor(settings, method, tensor):
     first = settings(method=method)

@@ -172,6 +172,19 @@ def test_what_stays_carries_in_training_what_it_carries_in_the_server():
     assert cut.grad.isfinite().all() and cut.grad.abs().sum() > 0
 
 
+def test_what_fades_alone_is_not_brought_back():
+    left = torch.cat([torch.zeros(2, 3, 4), -5 * torch.rand(2, 3, 50)], -1)
+    mass = torch.rand(2, 3, 54)
+    torch.testing.assert_close(key_bias.carry(left, mass, torch.arange(54)), left)
+    pairs = torch.cat([torch.arange(4), 4 + torch.arange(25).repeat(2)])
+    ours = key_bias.carry(left, mass, pairs).exp()
+    for i in range(4, 29):
+        (a, b), (m, n) = left[..., [i, i + 25]].exp().unbind(-1), mass[..., [i, i + 25]].unbind(-1)
+        factor = ((m + n) * (1 - (1 - a) * (1 - b)) / (m * a + n * b)).clamp_min(1)
+        torch.testing.assert_close(ours[..., i], a * factor)
+        torch.testing.assert_close(ours[..., i + 25], b * factor)
+
+
 def test_answers_over_biased_entries(backbone, prepared):
     """Everything kept carries nothing; one of two equal entries carries both."""
     for context in (prepared.inside(0, 16), prepared.boundary(16)):

@@ -7,8 +7,6 @@ from sglang_metasoft.repeats import rank_among_repeats
 from sglang_metasoft.train.objective import CUT_FLOOR, log_share_dropped, without_sinks
 from sglang_metasoft.train.prepare import SINKS
 
-CERTAIN = 1e-6  # from here on a drop or a stay is certain
-
 
 def favour(log_importance: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
     """As :func:`sglang_metasoft.repeats.favour_one_of_each`, of logs.
@@ -38,7 +36,11 @@ def lost(favoured: torch.Tensor, target: torch.Tensor, ratio: float, kinds: torc
 
 
 def carry(log_kept: torch.Tensor, mass: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """What a soft cut leaves of each entry, its bias included: as much of a kind is carried as is left alive of it.
+    """What a soft cut leaves of each entry, its bias included.
+
+    What fades carries its own attention too, up to LARGEST_BIAS, so that a kind fades as a whole and only far below the
+    cut. Charged for all that is below the cut, as the server drops it, answers made compressors worse
+    (docs/training.md).
 
     Args:
         log_kept: ``[layers, G, S]`` log of what the cut alone leaves.
@@ -48,11 +50,8 @@ def carry(log_kept: torch.Tensor, mass: torch.Tensor, kinds: torch.Tensor) -> to
         ``[layers, G, S]``, to be added to logits.
     """
     mass = torch.nn.functional.pad(mass[..., SINKS:], (SINKS, 0))
-    kept = log_kept.exp()
-    dropped = torch.nn.functional.pad(torch.log1p(-kept[..., SINKS:].clamp_max(1 - CERTAIN)), (SINKS, 0))
-    alive = -torch.expm1(_sum_of_kind(dropped, kinds))  # the chance that something of a kind stays
-    share = _sum_of_kind(mass, kinds) / _sum_of_kind(mass * kept, kinds).clamp_min(CUT_FLOOR)
-    bias = (share * alive).clamp_min(1).log().clamp_max(LARGEST_BIAS)
+    left = _sum_of_kind(mass * log_kept.exp(), kinds)
+    bias = (_sum_of_kind(mass, kinds) / left.clamp_min(CUT_FLOOR)).clamp_min(1).log().clamp_max(LARGEST_BIAS)
     return log_kept + torch.nn.functional.pad(bias[..., SINKS:], (SINKS, 0))
 
 

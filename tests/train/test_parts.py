@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from metasoft_kernels.merge.key_bias import log_biases
+from metasoft_kernels.merge.key_bias import LARGEST_BIAS, log_biases
 from metasoft_kernels.probe import attend
 from metasoft_kernels.score import importance
 from transformers import AutoModelForCausalLM
@@ -172,17 +172,18 @@ def test_what_stays_carries_in_training_what_it_carries_in_the_server():
     assert cut.grad.isfinite().all() and cut.grad.abs().sum() > 0
 
 
-def test_what_fades_alone_is_not_brought_back():
-    left = torch.cat([torch.zeros(2, 3, 4), -5 * torch.rand(2, 3, 50)], -1)
+def test_a_kind_fades_as_a_whole_and_only_far_below_the_cut():
+    left = torch.cat([torch.zeros(2, 3, 4), -9 * torch.rand(2, 3, 50)], -1)
     mass = torch.rand(2, 3, 54)
-    torch.testing.assert_close(key_bias.carry(left, mass, torch.arange(54)), left)
+    alone = key_bias.carry(left, mass, torch.arange(54))
+    torch.testing.assert_close(alone, (left + LARGEST_BIAS).clamp_max(0))
     pairs = torch.cat([torch.arange(4), 4 + torch.arange(25).repeat(2)])
-    ours = key_bias.carry(left, mass, pairs).exp()
+    ours = key_bias.carry(left, mass, pairs)
     for i in range(4, 29):
-        (a, b), (m, n) = left[..., [i, i + 25]].exp().unbind(-1), mass[..., [i, i + 25]].unbind(-1)
-        factor = ((m + n) * (1 - (1 - a) * (1 - b)) / (m * a + n * b)).clamp_min(1)
-        torch.testing.assert_close(ours[..., i], a * factor)
-        torch.testing.assert_close(ours[..., i + 25], b * factor)
+        (a, b), (m, n) = left[..., [i, i + 25]].unbind(-1), mass[..., [i, i + 25]].unbind(-1)
+        bias = ((m + n) / (m * a.exp() + n * b.exp())).log().clamp_max(LARGEST_BIAS)
+        torch.testing.assert_close(ours[..., i], a + bias)
+        torch.testing.assert_close(ours[..., i + 25], b + bias)
 
 
 def test_answers_over_biased_entries(backbone, prepared):

@@ -41,9 +41,7 @@ class TrainSettings:
     lost_weight: float = 1.0  # of the attention lost at a cut, beside the divergence
     answer_weight: float = 1.0  # of the change in the answers' next-token distributions; 0: attention maps alone
     answer_cut: str = "span"  # what the answers' cut goes by: the span, or the whole prompt's budget as in the server
-    consolidation: str = (
-        "auto"  # that losses and validation reckon with; auto: the server's default, if it is one of these
-    )
+    consolidation: str = "auto"  # that losses and validation reckon with; auto: see biases_keys
     ratios: tuple[float, ...] = (3.0, 4.0, 4.0, 8.0, 8.0, 16.0)  # of the soft cut; each context draws one of them
     gate: float = 0.0  # scale of the consolidation's gate, not trained; 1: the paper's, which raised the answers' loss
     min_prefix_tokens: int = 350
@@ -95,7 +93,7 @@ class TrainSettings:
 
     @property
     def biases_keys(self) -> bool:
-        """Whether the compressor is trained for ``key_bias``, which is what the server does where a gate is shut."""
+        """Whether the compressor is trained for ``key_bias``: the server's default for ``metasoft`` with gate 0."""
         if self.consolidation == "auto":
             return self.method == "metasoft" and self.gate == 0
         return self.consolidation == "key_bias"

@@ -19,7 +19,6 @@ FIRST_VALIDATION_CASE = 1_000_000
 Ranker = Callable[[Backbone, Context], Scores]  # of all layers: [layers, G, S]
 
 
-@torch.no_grad()
 def ranking(student: Student) -> Ranker:
     """The student's view of a context."""
 

@@ -12,8 +12,9 @@ export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 check() { # NAME, pytest's -k
     (timeout -s INT "$seconds" python3 -m pytest tests/gpu -s -v -k "$2" --durations 5; echo "exit code $?") >"$logs/$1.log" 2>&1 &
 }
-check flashinfer-1 "flashinfer and not 16 and not fp8"
-check triton-1 "triton and not 16 and not fp8"
+check key-bias "key_bias"
+check flashinfer-1 "flashinfer and not 16 and not fp8 and not key_bias"
+check triton-1 "triton and not 16 and not fp8 and not key_bias"
 check flashinfer-16 "flashinfer and 16"
 check triton-16 "triton and 16"
 check fp8 "fp8"

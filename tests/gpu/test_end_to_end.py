@@ -1,5 +1,6 @@
 """Real servers on the device: the same checks for each attention backend and page size."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from tests.gpu.conftest import BACKENDS, DEVICE_FLAGS, DRY_RUN, PAGES, POOL_TOKE
 from tests.reference.meta_soft_reference import Reference
 from tests.server.checks import SALT, assert_pool_is_whole, assert_sound_inside, inside_env, inside_lines, metasoft
 from tests.server.test_identity import outputs
-from tests.server.test_reference import compare_entries
+from tests.server.test_reference import calibration_ids, compare_entries
 
 pytestmark = [pytest.mark.server, pytest.mark.gpu]
 
@@ -149,6 +150,34 @@ def test_first_token_follows_the_reference(served, model_dir, compressor_dir, lo
     errors = [abs(expected[token].item() - logprob) for logprob, token, _ in top]
     print(f"errors of the five largest log-probabilities, bf16 against float32: {[round(e, 3) for e in errors]}")
     assert max(errors) < 0.5 and sum(errors) / len(errors) < 0.25
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_key_bias_equals_the_reference(start_server, model_dir, compressor_dir, long_ids, tokenizer, tmp_path, backend):
+    """The shipped compressor's consolidation: kept entries, moved keys, and room for many at once."""
+    from safetensors.torch import load_file
+
+    ratio, ids = 8, long_ids[300:][:REFERENCE_TOKENS]
+    entries = REFERENCE_TOKENS // ratio - WINDOW
+    server = start_server(
+        *DEVICE_FLAGS, *CHUNKS, "--attention-backend", backend, "--max-total-tokens", str(POOL_TOKENS),
+        "--enable-metrics", "--enable-metasoft", "--metasoft-ratio", str(ratio), "--metasoft-path", str(compressor_dir),
+        "--metasoft-config", json.dumps({"trace_dir": str(tmp_path), "consolidation": "key_bias"}), env=inside_env(),
+    )  # fmt: skip
+    response = server.generate(ids, 2, rid="biased")
+    assert metasoft(response)["kv_tokens"] == REFERENCE_TOKENS // ratio
+    (trace,) = tmp_path.glob("biased-*.safetensors")
+    expected = Reference(model_dir, compressor_dir).compress(
+        ids, WINDOW, entries, sink=4, targets=4, calibration=calibration_ids(tokenizer)
+    )
+    overlap, error = compare_entries(load_file(trace), expected)
+    print(f"key_bias: kept entries in common {overlap:.4f}; largest median relative error of an entry {error:.4f}")
+    assert overlap > 0.95 and error < 0.05
+    prompts = [long_ids[37 * n :][: (90, 700, 1500, 3000)[n % 4]] for n in range(REQUESTS)]
+    for response in ask_all(server, prompts, 16, ratio):
+        assert response["meta_info"]["completion_tokens"] == 16
+    assert_sound_inside(server, 0)
+    assert_pool_is_whole(server, POOL_TOKENS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -46,16 +46,19 @@ def served(request, start_server, compressor_dir, document_ids, tmp_path_factory
     return request.param, ids, results
 
 
+def calibration_ids(tokenizer) -> list[int]:
+    """The text that `key_bias` fits its directions to."""
+    text = (Path(sglang_metasoft.__file__).parent / "demo" / "document.txt").read_text()
+    return tokenizer.encode(text, add_special_tokens=False)[:1024]
+
+
 @pytest.mark.parametrize("ratio", [4, 8])
 def test_server_equals_reference(served, model_dir, compressor_dir, tokenizer, ratio):
     consolidation, ids, results = served
     trace, top_logprobs = results[ratio]
     reference = Reference(model_dir, compressor_dir)
     entries = PROMPT_TOKENS // ratio - WINDOW
-    calibration = None
-    if consolidation == "key_bias":
-        text = (Path(sglang_metasoft.__file__).parent / "demo" / "document.txt").read_text()
-        calibration = tokenizer.encode(text, add_special_tokens=False)[:1024]
+    calibration = calibration_ids(tokenizer) if consolidation == "key_bias" else None
     expected = reference.compress(ids, WINDOW, entries, SINK, TARGETS, calibration)
     layers, groups = trace["kept"].shape[:2]
     swapped = 0

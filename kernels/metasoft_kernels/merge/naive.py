@@ -1,4 +1,4 @@
-"""Consolidation in fp32 torch. Keys are never merged: each carries RoPE at its own position."""
+"""Consolidation in fp32 torch: the stages that leave keys as they are."""
 
 import torch
 

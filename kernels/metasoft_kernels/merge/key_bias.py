@@ -78,10 +78,10 @@ def towards_repeats(
 def shares(importance: torch.Tensor, kept: torch.Tensor, repeats: torch.Tensor, sink_tokens: int) -> Shares:
     """Biases, and who stands for whom.
 
-    At the probe's query, the log of a kind's attention is the mean of its entries' logs, by their shares, plus the
-    entropy of these shares; its gradient is the mean key. So a key that has moved all the way, with the entropy as its
-    bias, is right to the first order in the query, and half the variance of the logits comes next. The variance under
-    the probe stands in for that under queries to come; that the key goes half the way alone is what measured best.
+    At the probe's query, the log of a kind's attention is the mean of its entries' logs, by their shares, plus the entropy
+    of these shares; its gradient is the mean key. So a key that has moved all the way, with the entropy as its bias, is
+    right to the first order in the query, and half the variance of the logits is what comes next. The variance under the
+    probe stands in for that under queries to come, and the key goes half the way: the mean alone tells less than a member.
     """
     mass = importance.clone()
     mass[:, :sink_tokens] = 0

@@ -1,4 +1,4 @@
-"""Consolidation in fp32 torch: the stages that leave keys as they are."""
+"""Consolidation in fp32 torch. Keys are never merged: each carries RoPE at its own position."""
 
 import torch
 

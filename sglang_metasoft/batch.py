@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from metasoft_kernels.merge import gate_of_heads, gather
+from metasoft_kernels.merge import gate_of_heads
 from metasoft_kernels.merge.fused import attention_flow
 from metasoft_kernels.merge.key_bias import key_bias
 from metasoft_kernels.ragged import ragged
@@ -117,7 +117,7 @@ class FusedBatch:
                 )  # fmt: skip
         if self.biases_keys:
             with clock("merge"):
-                key_moves, values, is_finite = self._carried(mass, kept_rows, pool, q.dtype, layer)
+                key_moves = self._key_moves(mass, kept_rows, pool.scale, layer)
         return out, Consolidated(kept_rows, values, key_moves), self._finite(raw, raw_mass, is_finite)
 
     def _score(
@@ -143,25 +143,14 @@ class FusedBatch:
         ]
         return torch.cat(parts, dim=1)
 
-    def _carried(
-        self, mass: torch.Tensor, kept_rows: torch.Tensor, pool: LayerPool, dtype: torch.dtype, layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Moves of the kept keys, values ``[sum B, G, d]`` each, and ``[G, sum B]`` whether a value was finite."""
-        moves, merged, kept_values = [], [], []
-        for job, carrying, own, kept in zip(
-            self.jobs, self.carrying, self.span.ranges(), self.kept_of_jobs(kept_rows), strict=True
-        ):
-            keys, values = pool.read(job.span_slots, dtype)
-            carried = key_bias(
-                keys, values, mass[:, own], kept, carrying.repeats, carrying.directions[layer], pool.scale,
-                job.plan.sink_tokens,
-            )  # fmt: skip
-            moves.append(carried.key_moves)
-            merged.append(carried.values.to(dtype))
-            kept_values.append(gather(values, kept))
-        values = torch.cat(merged)
-        is_finite = values.isfinite()
-        return torch.cat(moves), torch.where(is_finite, values, torch.cat(kept_values)), is_finite.all(-1).t()
+    def _key_moves(self, mass: torch.Tensor, kept_rows: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
+        moves = [
+            key_bias(mass[:, own], kept, carrying.repeats, carrying.directions[layer], scale, job.plan.sink_tokens)
+            for job, carrying, own, kept in zip(
+                self.jobs, self.carrying, self.span.ranges(), self.kept_of_jobs(kept_rows), strict=True
+            )
+        ]
+        return torch.cat(moves)
 
     def _finite(self, raw: torch.Tensor, raw_mass: torch.Tensor, is_finite: torch.Tensor | None) -> list[torch.Tensor]:
         if self.device.type != "cpu":

@@ -2,7 +2,7 @@
 
 A consolidation is a function in :data:`sglang_metasoft.config.CONSOLIDATIONS`; the names of its parameters say what it
 is given. It returns the kept entries' new values, ``[B, G, d]`` float32, or, if it is given ``key_directions``, what
-their keys are moved by, and the values.
+their keys are moved by.
 """
 
 import functools
@@ -21,7 +21,7 @@ from sglang_metasoft.types import LayerView, MergedKV, Routes, Scores
 class Consolidation(NamedTuple):
     """What to do with dropped entries, and which of :func:`consolidate`'s tensors that takes."""
 
-    function: Callable | None
+    function: Callable[..., torch.Tensor] | None
     inputs: tuple[str, ...]
 
     @property
@@ -31,7 +31,7 @@ class Consolidation(NamedTuple):
 
     @property
     def biases_keys(self) -> bool:
-        """Whether it returns what is added to the kept keys, beside new values."""
+        """Whether it returns what is added to the kept keys, not new values."""
         return "key_directions" in self.inputs
 
     @property
@@ -103,5 +103,5 @@ def consolidate(
     )
     merged = consolidation.function(**{name: available[name] for name in consolidation.inputs})
     if consolidation.biases_keys:
-        return MergedKV((kept_keys.float() + merged.key_moves).to(keys.dtype), merged.values.to(values.dtype))
+        return MergedKV((kept_keys.float() + merged).to(keys.dtype), gather(values, routes.kept))
     return MergedKV(kept_keys, merged.to(values.dtype))

@@ -64,7 +64,8 @@ def compress_layer(
     consolidation = load_consolidation(config.consolidation or method.default_consolidation)
     targets = config.route_targets if "targets" in consolidation.inputs else 0
     with clock("route"):
-        keys, values = pool.read(job.span_slots, q.dtype)
+        keys = _read(pool.key, job.span_slots, pool.key_scale, q.dtype)
+        values = _read(pool.value, job.span_slots, pool.value_scale, q.dtype)
         routes = choose_routes(job.plan, scores, keys, targets, pool.scale, config.kernels, config.route_band)
     with clock("merge"):
         merged = consolidate(consolidation, view, keys, values, scores, routes, gate_scale, config.kernels)
@@ -72,3 +73,8 @@ def compress_layer(
     is_finite = finite_scores & merged.key.isfinite().all() & finite_values.all()
     merged = merged._replace(value=torch.where(finite_values, merged.value, gather(values, routes.kept)))
     return out, routes, merged, is_finite
+
+
+def _read(buffer: torch.Tensor, slots: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    entries = buffer[slots]
+    return entries if entries.dtype == dtype else entries.to(dtype) * scale

@@ -119,12 +119,6 @@ class LayerPool(NamedTuple):
     key_scale: float  # what quantised entries are multiplied by on reading
     value_scale: float
 
-    def read(self, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[n, G, d]`` at ``[n]`` slots, as the model reads them."""
-        pairs = ((self.key, self.key_scale), (self.value, self.value_scale))
-        entries = ((buffer[slots], scale) for buffer, scale in pairs)
-        return tuple(part if part.dtype == dtype else part.to(dtype) * scale for part, scale in entries)
-
 
 class Rope(NamedTuple):
     """The model's rotary position embedding."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from metasoft_kernels.merge import gather
-from metasoft_kernels.merge.key_bias import shares, towards_repeats
+from metasoft_kernels.merge.key_bias import log_biases
 from metasoft_kernels.select import split_top
 from torch.nn.functional import avg_pool1d, cross_entropy
 
@@ -79,29 +79,15 @@ def shorten(context: Context, kept: torch.Tensor) -> Layers:
     return Layers(layers)
 
 
-def with_biases(
-    context: Context, mass: torch.Tensor, kept: torch.Tensor, repeats: torch.Tensor
-) -> tuple[Layers, Fading]:
-    """The context as ``key_bias`` leaves it, for :func:`answer_score`: moved entries, and attention to them alone.
+def with_biases(mass: torch.Tensor, kept: torch.Tensor, repeats: torch.Tensor) -> Fading:
+    """Attention to kept entries ``[layers, G, B]`` alone, each with what ``key_bias`` lets it carry.
 
     Args:
         mass: ``[layers, G, S]`` attention that entries stand for.
-        kept: ``[layers, G, B]``.
         repeats: as :func:`sglang_metasoft.repeats.find_repeats` gives.
     """
-    layers, biases = [], []
-    for (keys, values), weights, indices in zip(context.layers, mass.float(), kept, strict=True):
-        entries = [part[:, : weights.shape[1]].transpose(0, 1).to(mass.device) for part in (keys, values)]
-        found = shares(weights, indices, repeats, SINKS)
-        moved = towards_repeats(*entries, indices, repeats, found)
-        place = indices.unsqueeze(-1).expand(-1, -1, keys.shape[-1])
-        moves = moved.key_moves.transpose(0, 1).to(keys)
-        layers.append(
-            (keys.scatter_add(1, place.to(keys.device), moves),
-             values.scatter(1, place.to(keys.device), moved.values.transpose(0, 1).to(values)))
-        )  # fmt: skip
-        biases.append(torch.full_like(weights, float("-inf")).scatter_(1, indices, found.bias))
-    return Layers(layers), Fading(torch.stack(biases))
+    biases = torch.stack([log_biases(m.float(), k, repeats, SINKS) for m, k in zip(mass, kept, strict=True)])
+    return Fading(torch.full_like(mass.float(), float("-inf")).scatter_(2, kept, biases))
 
 
 @torch.no_grad()

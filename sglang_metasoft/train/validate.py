@@ -70,9 +70,8 @@ def evaluate(
                 if repeats is None:
                     score = answer_score(backbone, context, shorten(context, chosen))
                 else:
-                    score = answer_score(
-                        backbone, context, *with_biases(context, importance if mass is None else mass, chosen, repeats)
-                    )
+                    carried = with_biases(importance if mass is None else mass, chosen, repeats)
+                    score = answer_score(backbone, context, attend=carried)
                 key = f"{name} {mode} {ratio}x"
                 rows.setdefault(f"overlap {key}", []).append(overlap(chosen, oracle, span))
                 rows.setdefault(f"answer loss {key}", []).append(score.loss - full.loss)

@@ -4,7 +4,6 @@ Everything is dense and in float32: attention maps from eager attention, the who
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 NEAR_TIE = 5e-4
+E4 = 2.718281828459045**4
 
 
 @dataclass
@@ -114,48 +114,23 @@ class Reference:
         return result
 
     @staticmethod
-    def carry(
-        ids: list[int], mass: torch.Tensor, kept: list[int], sink: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B] log of what one head's kept entries carry, and their keys and values, half and wholly at their repeats.
-
-        What is dropped goes to the same three tokens, else to the same token; half of the rest to everything.
-        """
+    def bias(ids: list[int], mass: torch.Tensor, kept: list[int], sink: int) -> torch.Tensor:
+        """[B] what one head's kept entries carry: mass of the same three tokens, of the same token, half the rest."""
         stay = kept[sink:]
-        by_three, by_token, gone = {}, {}, {}
+        by_three, by_token = {}, {}
         for i in stay:
             by_three.setdefault(tuple(ids[i - 2 : i + 1]) or i, []).append(i)
             by_token.setdefault(ids[i], []).append(i)
         carried, rest = {i: mass[i].item() for i in stay}, 0.0
         for i in sorted(set(range(sink, len(mass))) - set(stay)):
-            kind = tuple(ids[i - 2 : i + 1]) or i
-            if kind in by_three:
-                gone.setdefault(kind, []).append(i)
-            heirs = by_three.get(kind) or by_token.get(ids[i], [])
+            heirs = by_three.get(tuple(ids[i - 2 : i + 1]) or i) or by_token.get(ids[i], [])
             total = sum(mass[j].item() for j in heirs)
             for j in heirs:
                 carried[j] += mass[i].item() * mass[j].item() / total
             rest += 0.0 if heirs else mass[i].item()
         more = 1 + 0.5 * rest / sum(carried.values())
-        bias, new_keys, new_values = [0.0] * sink, [*keys[:sink]], [*values[:sink]]
-        for i in stay:
-            kind = tuple(ids[i - 2 : i + 1]) or i
-            log_mass, key, value, spread = mass[i].log().item(), keys[i], values[i], 0.0
-            if kind in gone:
-                a = mass[gone[kind]]
-                share = (a.sum() / (a.sum() + mass[by_three[kind]].sum())).item()
-                everyone = mass[gone[kind] + by_three[kind]]
-                p = everyone / everyone.sum()
-                spread = share * ((p * everyone.log() ** 2).sum() - (p * everyone.log()).sum() ** 2).item()
-                a = a / a.sum()
-                log_mass += share / 2 * ((a * mass[gone[kind]].log()).sum().item() - log_mass)
-                key = key + share / 2 * (a @ keys[gone[kind]] - key)
-                value = value + share * (a @ values[gone[kind]] - value)
-            total = math.log(carried[i] * more) - log_mass + spread / 2
-            bias.append(min(max(total, -4.0), 4.0))
-            new_keys.append(key)
-            new_values.append(value)
-        return torch.tensor(bias), torch.stack(new_keys), torch.stack(new_values)
+        shares = [1.0] * sink + [carried[i] * more / mass[i].item() for i in stay]
+        return torch.tensor(shares).clamp(min=1, max=E4).log()
 
     @torch.no_grad()
     def compress(
@@ -192,10 +167,10 @@ class Reference:
                 dropped = sorted(set(range(span_len)) - set(kept))
                 k, v, a = keys[g], values[g], mass[g]
                 if calibration:
-                    bias, key, value = self.carry(ids, a, kept, sink, k, v)
+                    bias = self.bias(ids, a, kept, sink)
                     kept_per_head.append(kept)
-                    new_keys.append(key + bias[:, None] * d**0.5 * directions[number][g])
-                    new_values.append(value)
+                    new_keys.append(k[kept] + bias[:, None] * d**0.5 * directions[number][g])
+                    new_values.append(v[kept])
                     contested_per_head.append(torch.zeros(len(kept), dtype=torch.bool))
                     continue
                 affinity = k[dropped] @ k[kept].T / d**0.5

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 import torch
+from safetensors.torch import load_file
 
 from tests.gpu.conftest import BACKENDS, DEVICE_FLAGS, DRY_RUN, PAGES, POOL_TOKENS
 from tests.reference.meta_soft_reference import Reference
@@ -60,6 +61,18 @@ def nothing_leaks(request):
         assert_pool_is_whole(served.server, POOL_TOKENS)
 
 
+def assert_entries_follow(expected, trace_dir, rid: str) -> None:
+    """bf16 against float32: the choice may differ at the cut, the entries by what bf16 rounds."""
+    (trace,) = trace_dir.glob(f"{rid}-*.safetensors")
+    overlap, error = compare_entries(load_file(trace), expected)
+    print(f"{rid}: kept entries in common {overlap:.4f}; largest median relative error of an entry {error:.4f}")
+    assert overlap > 0.95 and error < 0.05
+
+
+def mixed_prompts(long_ids) -> list[list[int]]:
+    return [long_ids[37 * n :][: (90, 700, 1500, 3000)[n % 4]] for n in range(REQUESTS)]
+
+
 def ask_all(server, prompts, new_tokens: int, ratio: float, **fields) -> list[dict]:
     options = {"custom_params": {"metasoft_ratio": ratio}, "sampling_params": {"ignore_eos": True}}
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -74,26 +87,20 @@ def test_ratio_one_equals_plain_sglang(served):
 
 @pytest.mark.parametrize("ratio", [4, 8])
 def test_entries_equal_the_reference(served, model_dir, compressor_dir, long_ids, ratio):
-    """bf16 against float32: the choice may differ at the cut, the entries by what bf16 rounds."""
-    from safetensors.torch import load_file
-
     ids = long_ids[300:][:REFERENCE_TOKENS]
     response = served.server.generate(
         ids, 1 + 1, rid=f"reference{ratio}", custom_params={"metasoft_ratio": ratio}, **{SALT: f"reference{ratio}"}
     )
     assert metasoft(response)["kv_tokens"] == REFERENCE_TOKENS // ratio
-    (trace,) = served.trace_dir.glob(f"reference{ratio}-*.safetensors")
     expected = Reference(model_dir, compressor_dir).compress(
         ids, WINDOW, REFERENCE_TOKENS // ratio - WINDOW, sink=4, targets=4
     )
-    overlap, error = compare_entries(load_file(trace), expected)
-    print(f"kept entries in common {overlap:.4f}; largest median relative error of an entry {error:.4f}")
-    assert overlap > 0.95 and error < 0.05
+    assert_entries_follow(expected, served.trace_dir, f"reference{ratio}")
 
 
 def test_many_at_once(served, long_ids):
     """Mixed lengths, most of them compressed; all answered in full."""
-    prompts = [long_ids[37 * n :][: (90, 700, 1500, 3000)[n % 4]] for n in range(REQUESTS)]
+    prompts = mixed_prompts(long_ids)
     responses = ask_all(served.server, prompts, 16, ratio=4)
     for ids, response in zip(prompts, responses, strict=True):
         assert (response["meta_info"]["prompt_tokens"], response["meta_info"]["completion_tokens"]) == (len(ids), 16)
@@ -155,8 +162,6 @@ def test_first_token_follows_the_reference(served, model_dir, compressor_dir, lo
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_key_bias_equals_the_reference(start_server, model_dir, compressor_dir, long_ids, tokenizer, tmp_path, backend):
     """The shipped compressor's consolidation: kept entries, moved keys, and room for many at once."""
-    from safetensors.torch import load_file
-
     ratio, ids = 8, long_ids[300:][:REFERENCE_TOKENS]
     entries = REFERENCE_TOKENS // ratio - WINDOW
     server = start_server(
@@ -166,15 +171,11 @@ def test_key_bias_equals_the_reference(start_server, model_dir, compressor_dir, 
     )  # fmt: skip
     response = server.generate(ids, 2, rid="biased")
     assert metasoft(response)["kv_tokens"] == REFERENCE_TOKENS // ratio
-    (trace,) = tmp_path.glob("biased-*.safetensors")
     expected = Reference(model_dir, compressor_dir).compress(
         ids, WINDOW, entries, sink=4, targets=4, calibration=calibration_ids(tokenizer)
     )
-    overlap, error = compare_entries(load_file(trace), expected)
-    print(f"key_bias: kept entries in common {overlap:.4f}; largest median relative error of an entry {error:.4f}")
-    assert overlap > 0.95 and error < 0.05
-    prompts = [long_ids[37 * n :][: (90, 700, 1500, 3000)[n % 4]] for n in range(REQUESTS)]
-    for response in ask_all(server, prompts, 16, ratio):
+    assert_entries_follow(expected, tmp_path, "biased")
+    for response in ask_all(server, mixed_prompts(long_ids), 16, ratio):
         assert response["meta_info"]["completion_tokens"] == 16
     assert_sound_inside(server, 0)
     assert_pool_is_whole(server, POOL_TOKENS)

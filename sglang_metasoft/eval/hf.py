@@ -175,7 +175,9 @@ class HFRunner:
     def _answer_compressed(self, case, turn, mode, compressors, prompt: Rendered, prefilled: Prefilled) -> None:
         rows, labels = [], []
         answer_ids = self._answer_ids(case, turn)
-        cut = None
+        # What the compressed prompt ends with; a repeat finds the first run's window in the tree, and its last token
+        # alone is computed anew.
+        end = prompt.boundary_tokens if mode == "after" else len(prompt.ids) - (mode == "repeat")
         for compressor, ratios in compressors:
             plans = {}
             for ratio in ratios:
@@ -191,25 +193,18 @@ class HFRunner:
                 else:
                     plans[ratio] = plan
             if plans:
-                cut = next(iter(plans.values())).span_tokens
-                found = compressor.compress(prefilled.layers, prompt.ids, list(plans.values()), answer_ids)
-                rows += found
+                span = next(iter(plans.values())).span_tokens
+                for row in compressor.compress(prefilled.layers, prompt.ids, list(plans.values()), answer_ids):
+                    rows.append(
+                        [_with_raw(kept, raw, span, end) for kept, raw in zip(row, prefilled.layers, strict=True)]
+                    )
                 labels += [(compressor.spec.label, ratio) for ratio in plans]
         if not rows:
             return
-        if mode != "after":
-            # A repeat finds the first run's window in the tree: its last token alone is computed anew.
-            end = len(prompt.ids) - (mode == "repeat")
-            tails = [LayerKV(kv.key[cut:end], kv.value[cut:end]) for kv in prefilled.layers]
-            rows = [
-                [LayerKV(torch.cat([a.key, b.key]), torch.cat([a.value, b.value])) for a, b in zip(row, tails)]  # noqa: B905
-                for row in rows
-            ]
-            cut = end
         for (label, ratio), row, fields in zip(
-            labels, rows, self._continue(case, turn, rows, prompt, cut, prefilled), strict=True
+            labels, rows, self._continue(case, turn, rows, prompt, end, prefilled), strict=True
         ):
-            entries = row[0].key.shape[0] + len(prompt.ids) - cut
+            entries = row[0].key.shape[0] + len(prompt.ids) - end
             self._add(case, turn, mode, label, ratio, prompt, entries, fields)
 
     def _answer_ids(self, case: Case, turn: int) -> list[int]:
@@ -241,3 +236,8 @@ class HFRunner:
     def _add(self, case, turn, mode, label, ratio, prompt: Rendered, entries: int, fields: dict) -> None:
         fields = fields | {"prompt_tokens": len(prompt.ids), "kv_tokens": entries, "runner": "hf"}
         self.store.add(make_record(case, turn, mode, label, ratio, model=Path(self.model.shape.name).name, **fields))
+
+
+def _with_raw(kept: LayerKV, raw: LayerKV, start: int, end: int) -> LayerKV:
+    """A layer's consolidated entries, and the raw ones of the prompt's tokens from ``start`` to ``end`` after them."""
+    return LayerKV(torch.cat([kept.key, raw.key[start:end]]), torch.cat([kept.value, raw.value[start:end]]))

@@ -1,11 +1,15 @@
 """Methods as the command line names them."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from sglang_metasoft.cli import main
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.eval.hf import MethodSpec
+from sglang_metasoft.eval.records import read_records
 from sglang_metasoft.eval.variants import VARIANTS
 from sglang_metasoft.soft_tokens import BUILT_IN
 from sglang_metasoft.types import Job, LayerPool, LayerView, ModelShape, Plan, Probe
@@ -36,6 +40,17 @@ def test_a_method_with_its_settings(text, name, consolidation, path, settings):
 def test_a_bad_setting_is_named(text, words):
     with pytest.raises(ValueError, match=words):
         MethodSpec.parse(text)
+
+
+def test_methods_of_different_windows_keep_their_own_in_one_run(model_dir, data_folder, tmp_path):
+    path = tmp_path / "windows.jsonl"
+    command = ["eval-hf", "--model", str(model_dir), "--methods", "streaming_llm:window=16", "streaming_llm:window=128"]
+    command += ["--tasks", "niah_single_1", "--lengths", "900", "--ratios", "4", "--modes", "inside", "--cases", "1"]
+    assert main([*command, "--data", str(data_folder), "--output", str(path)]) == 0
+    found = [record for record in read_records(path) if record["method"] != "full"]
+    assert len(found) == 2
+    for record in found:
+        assert record["kv_tokens"] == math.ceil(record["prompt_tokens"] / 4), record["method"]
 
 
 def make_view(method, t=5, heads=6, span=40):

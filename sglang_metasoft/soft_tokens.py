@@ -27,6 +27,7 @@ WEIGHTS_NAME = "model.safetensors"
 LIBRARY_ROWS = 512
 MAX_SIZE = 65536
 BUILT_IN = Path(__file__).parent / "compressors"
+TAIL_TOKENS = 64  # last tokens of a prompt whose mean embedding the selector reads
 CHECK_ROWS = 32
 CHECK_COSINE = 0.99
 EMBED_BLOCK_TOKENS = 4096
@@ -87,7 +88,7 @@ class SoftTokens(nn.Module):
         self.register_buffer("embedding_check", torch.zeros(CHECK_ROWS, hidden_size))
 
     def features(self, embed: Embed, span_ids: torch.Tensor, tail_ids: torch.Tensor) -> torch.Tensor:
-        """``[2 D]`` float32: mean embedding of the span and of the tail after it, each scaled to unit RMS."""
+        """``[2 D]`` float32: mean embedding of the span and of the prompt's last tokens, each scaled to unit RMS."""
         total = sum(embed(block).float().sum(0) for block in span_ids.split(EMBED_BLOCK_TOKENS))
         means = torch.stack([total / span_ids.numel(), embed(tail_ids).float().mean(0)])
         return nn.functional.rms_norm(means, means.shape[-1:]).flatten()
@@ -105,7 +106,14 @@ class SoftTokens(nn.Module):
 
     @torch.no_grad()
     def forward(self, embed: Embed, span_ids: torch.Tensor, tail_ids: torch.Tensor, mode: int = 0) -> torch.Tensor:
-        """``[k, D]`` float32 soft tokens for a prompt."""
+        """``[k, D]`` float32 soft tokens for a prompt.
+
+        Args:
+            embed: of the model.
+            span_ids: ``[S]`` int64.
+            tail_ids: the prompt's last ``TAIL_TOKENS``, however many of them are in the span.
+            mode: 1 for a span that ends at a boundary.
+        """
         return self.compose(self.selection_logits(self.features(embed, span_ids, tail_ids), mode))
 
     @property

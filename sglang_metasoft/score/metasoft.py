@@ -1,7 +1,7 @@
 """Meta-Soft (arXiv 2605.22337): soft tokens, composed from an orthogonal meta-library, probe the prompt."""
 
 from sglang_metasoft.score.base import Method
-from sglang_metasoft.soft_tokens import SoftTokens, check_compressor
+from sglang_metasoft.soft_tokens import TAIL_TOKENS, SoftTokens, check_compressor
 from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Scores
 
 
@@ -49,7 +49,7 @@ class MetaSoft(Method):
     def probe(self, prompt: Prompt) -> Probe:
         mode = int(prompt.tail_ids.numel() == 0)
         return Probe(
-            embeds=self.soft_tokens(self.embed, prompt.span_ids, prompt.last_ids(self.config.window), mode),
+            embeds=self.soft_tokens(self.embed, prompt.span_ids, prompt.last_raw_ids(TAIL_TOKENS), mode),
             context_slots=prompt.context_slots,
             first_position=prompt.context_tokens,
         )

@@ -26,6 +26,11 @@ class Context(NamedTuple):
     target: torch.Tensor  # [layers, G, S] float32: attention that should survive
     answers: list[tuple[list[int], list[int]]]  # (ids after the context, their answer) for validation
 
+    @property
+    def raw_ids(self) -> torch.Tensor:
+        """All ids before the probe."""
+        return self.span_ids if self.at_boundary else torch.cat([self.span_ids, self.last_ids])
+
 
 class Prepared:
     """One case: the prefix's KV, every question's KV, and the maps of its answer.

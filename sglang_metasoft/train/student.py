@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from sglang_metasoft.entry_scorer import MASS_FLOOR
-from sglang_metasoft.soft_tokens import LIBRARY_ROWS, SoftTokens
+from sglang_metasoft.soft_tokens import LIBRARY_ROWS, TAIL_TOKENS, SoftTokens
 from sglang_metasoft.static_tokens import StaticTokens
 from sglang_metasoft.train.attention import Probing
 from sglang_metasoft.train.backbone import Backbone
@@ -99,7 +99,7 @@ class Dynamic(Student):
         self.soft.scorer.initialise(mean, deviation, torch.Generator().manual_seed(seed))
 
     def tokens(self, backbone, context, noise):
-        span, last = context.span_ids.to(backbone.device), context.last_ids.to(backbone.device)
+        span, last = (ids.to(backbone.device) for ids in (context.span_ids, context.raw_ids[-TAIL_TOKENS:]))
         logits = self.soft.selection_logits(self.soft.features(backbone.embed, span, last), int(context.at_boundary))
         return self.soft.compose(logits if noise is None else logits + noise)
 

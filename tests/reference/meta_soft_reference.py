@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 NEAR_TIE = 5e-4
+LAST_TOKENS = 64  # that the selector reads
 E4 = 2.718281828459045**4
 
 
@@ -41,7 +42,7 @@ class Reference:
         """[k, D]"""
         table = self.model.get_input_embeddings().weight
         features = []
-        for ids in (span, tail):
+        for ids in (span, (span + tail)[-LAST_TOKENS:]):
             mean = torch.stack([table[i] for i in ids]).mean(dim=0)
             features.append(mean / (mean.pow(2).mean() + torch.finfo(torch.float32).eps).sqrt())
         w = self.weights

@@ -12,7 +12,8 @@ from tests.reference.meta_soft_reference import Reference
 
 pytestmark = pytest.mark.server
 
-PROMPT_TOKENS, WINDOW, SINK, TARGETS = 2048, 64, 4, 4
+PROMPT_TOKENS, SINK, TARGETS = 2048, 4, 4
+WINDOWS = {"attention_flow": 64, "key_bias": 16}  # soft tokens are composed from the same tokens in both
 # float32 on both sides; kernels differ, so masses that agree to this relative error may swap places at the cut.
 MASS_TOLERANCE = 2e-4
 ENTRY_TOLERANCE = 2e-4
@@ -31,6 +32,7 @@ def served(request, start_server, compressor_dir, document_ids, tmp_path_factory
     trace_dir = tmp_path_factory.mktemp("trace")
     server = start_server(
         "--dtype", "float32", "--enable-metasoft", "--metasoft-path", str(compressor_dir),
+        "--metasoft-window", str(WINDOWS[request.param]),
         "--metasoft-config", json.dumps({"trace_dir": str(trace_dir), "consolidation": request.param}),
     )  # fmt: skip
     ids = document_ids[:PROMPT_TOKENS]
@@ -40,7 +42,7 @@ def served(request, start_server, compressor_dir, document_ids, tmp_path_factory
         first = server.generate(ids, 2, rid=f"first{ratio}", **params)
         again = server.generate(ids, 2, return_logprob=True, top_logprobs_num=TOP, **params)
         assert first["meta_info"]["metasoft_kv_tokens"] == PROMPT_TOKENS // ratio
-        assert again["meta_info"]["metasoft_reused_tokens"] == PROMPT_TOKENS - WINDOW
+        assert again["meta_info"]["metasoft_reused_tokens"] == PROMPT_TOKENS - WINDOWS[request.param]
         (trace,) = trace_dir.glob(f"first{ratio}-*.safetensors")
         results[ratio] = load_file(trace), again["meta_info"]["output_top_logprobs"][0]
     return request.param, ids, results
@@ -57,9 +59,10 @@ def test_server_equals_reference(served, model_dir, compressor_dir, tokenizer, r
     consolidation, ids, results = served
     trace, top_logprobs = results[ratio]
     reference = Reference(model_dir, compressor_dir)
-    entries = PROMPT_TOKENS // ratio - WINDOW
+    window = WINDOWS[consolidation]
+    entries = PROMPT_TOKENS // ratio - window
     calibration = calibration_ids(tokenizer) if consolidation == "key_bias" else None
-    expected = reference.compress(ids, WINDOW, entries, SINK, TARGETS, calibration)
+    expected = reference.compress(ids, window, entries, SINK, TARGETS, calibration)
     layers, groups = trace["kept"].shape[:2]
     swapped = 0
     for layer in range(layers):
@@ -79,7 +82,7 @@ def test_server_equals_reference(served, model_dir, compressor_dir, tokenizer, r
     # Near ties are allowed above, at the cut and in the routing, but must be the exceptions they are.
     assert swapped <= layers * groups // 20, swapped
     assert torch.stack(expected.contested).float().mean() < 0.2
-    logprobs = reference.next_token_logprobs(ids, PROMPT_TOKENS - WINDOW, expected)
+    logprobs = reference.next_token_logprobs(ids, PROMPT_TOKENS - window, expected)
     for logprob, token, _ in top_logprobs:
         assert abs(logprobs[token].item() - logprob) < LOGPROB_TOLERANCE, token
     assert top_logprobs[0][1] == logprobs.argmax().item()

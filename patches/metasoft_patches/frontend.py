@@ -41,7 +41,9 @@ def add_flags(result, parser: argparse.ArgumentParser) -> None:
     for name, field in settings_of().items():
         if field.metadata["flag"] is None:
             continue
-        help_text = f"{field.metadata['help']} Allowed: {field.metadata['allowed']}. Default: {field.default}."
+        help_text = f"{field.metadata['help']} Allowed: {field.metadata['allowed']}."
+        if field.default is not None:
+            help_text += f" Default: {field.default}."
         if isinstance(field.default, bool):
             group.add_argument(
                 field.metadata["flag"], dest=PREFIX + name, action=argparse.BooleanOptionalAction, help=help_text

@@ -119,10 +119,13 @@ def batched(rows: list[Kept], model) -> DynamicCache:
 
 
 class Shared(kvpress.BasePress):
-    """Lets many layer-by-layer presses look at one prefill; the cache itself stays whole."""
+    """Lets many layer-by-layer presses look at one prefill; the cache itself stays whole.
 
-    def __init__(self, presses: dict[tuple[str, float], kvpress.BasePress]) -> None:
-        self.presses = presses
+    What a press draws at random (Compactor) depends on ``seed`` and the layer alone.
+    """
+
+    def __init__(self, presses: dict[tuple[str, float], kvpress.BasePress], seed: int) -> None:
+        self.presses, self.seed = presses, seed
         self.kept = {key: Kept() for key in presses}
 
     def post_init_from_model(self, model) -> None:
@@ -132,6 +135,7 @@ class Shared(kvpress.BasePress):
     def compress(self, module, hidden_states, keys, values, attentions, kwargs):
         for key, press in self.presses.items():
             module.masked_key_indices = None
+            torch.manual_seed(self.seed + module.layer_idx)
             left = press.compress(module, hidden_states, keys.clone(), values.clone(), attentions, kwargs)
             self.kept[key].entries.append(left)
             self.kept[key].masks.append(module.masked_key_indices)
@@ -172,7 +176,7 @@ class Runner:
         cut = prompt.boundary_tokens if mode == "after" else prompt.question_end_tokens
         context = torch.tensor([prompt.ids[:cut]])
         groups: dict[tuple, list[tuple[tuple[str, float], Kept]]] = {}
-        for label, kept in self._compress(context, missing):
+        for label, kept in self._compress(context, missing, seed=1000 * case.seed + case.index):
             groups.setdefault(kept.shape, []).append((label, kept))
         for group in groups.values():
             cache = batched([kept for _, kept in group], self.model)
@@ -186,7 +190,7 @@ class Runner:
                 )  # fmt: skip
                 self.store.add(record)
 
-    def _compress(self, context: torch.Tensor, wanted: list[tuple[str, float]]):
+    def _compress(self, context: torch.Tensor, wanted: list[tuple[str, float]], seed: int):
         layerwise = {}
         for name, ratio in wanted:
             if name in LAYERWISE:
@@ -194,7 +198,7 @@ class Runner:
                 press.compression_ratio = 1 - 1 / ratio
                 layerwise[name, ratio] = press
         if layerwise:
-            shared = Shared(layerwise)
+            shared = Shared(layerwise, seed)
             with shared(self.model):
                 self.model.model(input_ids=context, past_key_values=DynamicCache())
             yield from shared.kept.items()

@@ -1,13 +1,19 @@
-"""MkDocs hook: fills ``<!-- generated: NAME -->`` marks with tables made from the code."""
+"""Tables in the pages that are made from the code; ``python docs/hooks.py`` writes them again, a test compares.
+
+Each stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``, so that the pages read well on a forge too. As a
+hook of MkDocs this takes the marks out.
+"""
 
 import re
+from pathlib import Path
 
 from sglang_metasoft.compat import support_matrix
 from sglang_metasoft.config import RequestOptions, settings_of
 from sglang_metasoft.metrics import metrics_table
 from sglang_metasoft.types import Bypass
 
-MARK = re.compile(r"<!-- generated: (\w+) -->")
+BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+MARK = re.compile(r"<!-- (generated: \w+|end) -->\n?")
 
 
 def cell(text: str) -> str:
@@ -52,6 +58,16 @@ TABLES = {
 }
 
 
+def filled(markdown: str) -> str:
+    """The page with every table as the code has it. Raises KeyError: no table has that name."""
+    return BLOCK.sub(lambda match: f"<!-- generated: {match[1]} -->\n\n{TABLES[match[1]]()}\n\n<!-- end -->", markdown)
+
+
 def on_page_markdown(markdown: str, **kwargs) -> str:
-    """Called by MkDocs for each page; an unknown name ends the build."""
-    return MARK.sub(lambda match: TABLES[match[1]](), markdown)
+    """Called by MkDocs for each page."""
+    return MARK.sub("", filled(markdown))
+
+
+if __name__ == "__main__":
+    for page in Path(__file__).parent.glob("*.md"):
+        page.write_text(filled(page.read_text()))

@@ -1,6 +1,6 @@
 """What MetaSoft works with: the supported SGLang versions and the refused features, as data.
 
-The start-up check and README's support matrix are both generated from :data:`REFUSED`.
+The start-up check and the table in docs/support.md are both made from :data:`REFUSED`.
 """
 
 import os
@@ -217,6 +217,6 @@ def check_features(args: Any, model: Any) -> None:
 
 
 def support_matrix() -> str:
-    """README's table of refused features, in Markdown."""
+    """The table of refused features, in Markdown."""
     rows = [f"| {refusal.feature} | `{refusal.setting}` | {refusal.why} |" for refusal in REFUSED]
     return "\n".join(["| refused with `--enable-metasoft` | setting | why |", "|---|---|---|", *rows])

@@ -1,6 +1,7 @@
 """The documentation builds without a warning, and what it quotes is what the code says."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,16 @@ def test_tables_are_made_from_the_code(site):
     assert all(f"sglang:metasoft_{metric.name}" in operating for metric in METRICS)
     for page in site.rglob("*.html"):
         assert "generated:" not in page.read_text(), page
+
+
+def test_the_committed_tables_are_those_of_the_code():
+    """If not: ``python docs/hooks.py``."""
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    pages = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+    found = [name for text in pages.values() for name in re.findall(r"<!-- generated: (\w+) -->", text)]
+    assert sorted(found) == sorted(hooks["TABLES"])
+    for name, text in pages.items():
+        assert hooks["filled"](text) == text, name
 
 
 def test_quoted_messages_are_the_codes_own():

@@ -12,6 +12,7 @@ export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 check() { # NAME, pytest's -k
     (timeout -s INT "$seconds" python3 -m pytest tests/gpu -s -v -k "$2" --durations 5; echo "exit code $?") >"$logs/$1.log" 2>&1 &
 }
+check plans "sleeping_stream"
 check key-bias "key_bias"
 check flashinfer-1 "flashinfer and not 16 and not fp8 and not key_bias"
 check triton-1 "triton and not 16 and not fp8 and not key_bias"

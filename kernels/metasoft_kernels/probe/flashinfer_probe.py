@@ -1,6 +1,8 @@
 """Probe attention over the prompt by FlashInfer, the probe's own tokens by our kernel.
 
-Planned once per batch: the plan depends on lengths and slots, which are the same in all layers.
+Planned once per batch: the plan depends on lengths and slots, which are the same in all layers. FlashInfer writes a
+plan into page-locked memory of the wrapper and queues its copy to the device, here behind the prefill that is probed:
+the next batch may be planned long before that copy runs, so it gets a wrapper of its own.
 """
 
 import math
@@ -8,9 +10,11 @@ import math
 import torch
 
 from metasoft_kernels.probe.fused import merge_with_self
+from metasoft_kernels.probe.ring import Ring
 from metasoft_kernels.ragged import Ragged, ragged
 
-WORKSPACE_BYTES = 128 * 2**20
+WORKSPACE_BYTES = 128 * 2**20  # shared by all plans: written and read within one run, and runs are in stream order
+MAX_PLANS = 8  # in flight, each with 8 MiB on either side; two batches of SGLang's with some spans a prompt have fewer
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
 
@@ -42,8 +46,10 @@ class FlashInferProbe:
         self.shape = (heads, groups, head_dim)
         self.dtype = dtype
         workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self.wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-        self.planned = None
+        self.wrappers = Ring(
+            lambda: BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD"), torch.cuda.Event, limit=MAX_PLANS
+        )
+        self.wrapper = self.planned = None
         entry = torch.zeros(1, groups, head_dim, dtype=dtype, device=device)
         axes = ragged(device, [1], [1])
         slots = torch.zeros(1, dtype=torch.int64, device=device)
@@ -79,8 +85,11 @@ class FlashInferProbe:
             torch.tensor([0, *axis.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             for axis in (probe, context)
         )
-        self.wrapper.plan(
-            probe_starts, context_starts, slots.to(torch.int32), torch.ones(context.count, dtype=torch.int32),
-            heads, groups, head_dim, 1, causal=False, sm_scale=scale, q_data_type=self.dtype, kv_data_type=self.dtype,
-        )  # fmt: skip
+        self.planned = None
+        with self.wrappers.next() as self.wrapper:
+            self.wrapper.plan(
+                probe_starts, context_starts, slots.to(torch.int32), torch.ones(context.count, dtype=torch.int32),
+                heads, groups, head_dim, 1, causal=False, sm_scale=scale, q_data_type=self.dtype,
+                kv_data_type=self.dtype,
+            )  # fmt: skip
         self.planned = (slots, scale)

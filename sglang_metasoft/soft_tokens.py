@@ -1,4 +1,4 @@
-"""Soft tokens from an orthogonal meta-library (Meta-Soft, arXiv 2605.22337; see README, "The method").
+"""Soft tokens from an orthogonal meta-library (Meta-Soft, arXiv 2605.22337; docs/methods.md).
 
 The library holds M orthonormal rows. A small selector reads features of the prompt, taken from the embedding
 table alone, and composes each soft token from a few rows. At inference nothing is sampled: the same prompt gives

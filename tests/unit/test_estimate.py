@@ -1,4 +1,4 @@
-"""How many prompts fit: against a slot-by-slot filling of the pool, and the figures measured for docs/performance.md."""
+"""How many prompts fit: against a slot-by-slot filling of the pool, and the figures of docs/performance.md."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_plain_requests_are_whole_ones():
 
 
 def test_compression_during_prefill_fits_what_was_measured():
-    """docs/performance.md, "Memory": 4 raw and 15 with chunks of 512 decoded at the same time; an estimate may be lower by one."""
+    """docs/performance.md, "Memory": 4 raw, 15 with chunks of 512 at the same time; an estimate may be lower by one."""
     assert fit(4).requests_during_prefill in (14, 15)
 
 

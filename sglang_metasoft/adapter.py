@@ -95,6 +95,10 @@ class Adapter(ABC):
         """Let the next extend follow the first ``end`` entries of ``row``, inserted into the tree or not."""
 
     @abstractmethod
+    def request_of_rows(self, batch) -> list[int]:
+        """For each row of a decoding batch its request, as index into ``batch.reqs``; a request may have several."""
+
+    @abstractmethod
     def retract(self, scheduler, req) -> None:
         """Free all that a request holds, as for a retraction, without queueing it again."""
 

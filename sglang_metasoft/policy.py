@@ -17,6 +17,7 @@ def plan_span(
     chain_tokens: int = 0,
     chain_slots: int = 0,
     boundary_tokens: int | None = None,
+    end_limit_tokens: int | None = None,
     options: dict | None = None,
 ) -> Plan | Bypass:
     """Plan the next compressed span of a prompt.
@@ -33,6 +34,7 @@ def plan_span(
         chain_tokens: logical tokens that earlier segments stand for.
         chain_slots: entries that earlier segments hold.
         boundary_tokens: where other prompts are known, or expected, to leave this one.
+        end_limit_tokens: logical tokens that no span may pass, whatever the boundary.
         options: per-request overrides of ``ratio`` or ``budget``.
 
     Returns:
@@ -47,8 +49,9 @@ def plan_span(
     elif "budget" in options:
         budget = options["budget"]
 
-    end = (prompt_tokens - config.window) // page_size * page_size
-    boundary = (boundary_tokens or 0) // page_size * page_size
+    limit = max(prompt_tokens, boundary_tokens or 0) if end_limit_tokens is None else end_limit_tokens
+    end = min(prompt_tokens - config.window, limit) // page_size * page_size
+    boundary = min(boundary_tokens or 0, limit) // page_size * page_size
     ends_at_boundary = False
     if boundary - chain_tokens >= config.min_tokens:
         ends_at_boundary = boundary <= prompt_tokens

@@ -45,14 +45,15 @@ class Admission:
         state: RequestState = req.metasoft
         prefix_slots = self.adapter.prefix_len(req)
         raw_slots = len(req.full_untruncated_fill_ids) - prefix_slots
-        new_tokens = max(req.sampling_params.max_new_tokens - len(req.output_ids), 0)
+        # As much of the output as SGLang sets room aside for, too.
+        new_tokens = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS)
         wanted = raw_slots + state.plan.kept_slots + new_tokens + 2 * self.page_size
         fits_raw = prefix_slots + wanted < self.scheduler.max_total_num_tokens
         # Once it had to start again it asks for its raw size, if the pool has that.
         if self.compresses_chunks and is_admission and not (fits_raw and state.restarts):
             footprint = self._footprint(req, prefix_slots)
             if self._fits(footprint):
-                new_tokens = min(new_tokens, CLIP_MAX_NEW_TOKENS)  # what SGLang adds to the result
+                # SGLang adds the new tokens to the result.
                 held = max(footprint.peak_slots - new_tokens, footprint.final_slots + len(req.output_ids))
                 return held - prefix_slots - raw_slots
         return state.plan.kept_slots if fits_raw else 0
@@ -76,6 +77,7 @@ class Admission:
             chain_slots=chain_slots,
             raw_tokens=max(prefix_slots - chain_slots, 0),
             boundary_tokens=state.boundary_tokens,
+            end_limit_tokens=state.end_limit_tokens,
             options=state.options,
         )
 

@@ -247,7 +247,8 @@ class SchedulerCompressor:
         chains = []
         if state.refusal is None:
             found = tree_cache.chains.candidates(self.namespace(req), state.raw_ids, state.digests(), MAX_CANDIDATES)
-            chains = [chain for chain in found if not _reads_logprobs_inside(req, chain)]
+            limit = state.end_limit_tokens
+            chains = [chain for chain in found if limit is None or chain.tokens <= limit]
 
         seen = tree_cache.chains.seen_tokens(self.tenant(req), state.digests()) if state.refusal is None else 0
 
@@ -279,7 +280,3 @@ class SchedulerCompressor:
             match_with(best)
         if best is not None:
             tree_cache.chains.touch(best)
-
-
-def _reads_logprobs_inside(req, chain: Chain) -> bool:
-    return req.return_logprob and 0 <= req.logprob_start_len < chain.tokens

@@ -32,6 +32,8 @@ class RequestState:
         self.plan: Plan | None = None
         # Logical tokens at which other prompts leave this one: named by the client, or seen when it was matched.
         self.boundary_tokens = self.named_boundary
+        # No span may pass it: the log-probabilities of the tokens from here on are asked for.
+        self.end_limit_tokens: int | None = None
         self.generation = 0  # of the weights that its KV is computed with
         self.reused_tokens = 0
         self.is_reuse_counted = False
@@ -110,6 +112,7 @@ class RequestState:
             chain_tokens=self.chain.tokens if self.chain else 0,
             chain_slots=self.chain.slots if self.chain else 0,
             boundary_tokens=self.boundary_tokens,
+            end_limit_tokens=self.end_limit_tokens,
             options=self.options,
         )
         if isinstance(plan, Plan):

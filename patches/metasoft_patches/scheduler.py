@@ -39,8 +39,10 @@ class SchedulerHooks:
         if prompt_tokens and req.to_finish is None and not (0 <= ids.min() and ids.max() < vocab_size):
             # Among them could be virtual ids; and none of them can be computed.
             req.set_finish_with_abort(f"input_ids: an id is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
-        if recv_req.return_logprob and 0 <= recv_req.logprob_start_len < prompt_tokens - self.config.window:
-            state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS  # SGLang fills the request's own field later
+        if recv_req.return_logprob and recv_req.logprob_start_len >= 0:
+            state.end_limit_tokens = recv_req.logprob_start_len  # SGLang fills the request's own field later
+            if state.end_limit_tokens < prompt_tokens - self.config.window:
+                state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS
         if state.named_boundary is not None and state.named_boundary >= prompt_tokens and req.to_finish is None:
             req.set_finish_with_abort(
                 f"custom_params: metasoft_boundary={state.named_boundary} is not allowed; "
@@ -114,14 +116,16 @@ class SchedulerHooks:
 
     def shift_positions(self, forward_batch, cls, batch, model_runner, *args, **kwargs) -> None:
         """AFTER ``ForwardBatch.init_new``: tokens after a compressed span keep their logical RoPE positions."""
-        states = [getattr(req, "metasoft", None) for req in batch.reqs or ()]
-        offsets = [state.offset if state is not None else 0 for state in states]
+        offsets = [req.metasoft.offset if hasattr(req, "metasoft") else 0 for req in batch.reqs or ()]
         if not any(offsets):
             return
-        host = torch.tensor(offsets, dtype=torch.int64)
-        if not batch.forward_mode.is_decode():
+        host, positions = torch.tensor(offsets, dtype=torch.int64), forward_batch.positions
+        if batch.forward_mode.is_extend_without_speculative():
             host = host.repeat_interleave(torch.tensor(batch.extend_lens))
-        positions = forward_batch.positions
+        else:
+            # Requests are not rows (beams have several), nor rows tokens (a step with drafts has several of each).
+            host = host[self.adapter.request_of_rows(batch)]
+            host = host.repeat_interleave(positions.numel() // host.numel())
         forward_batch.positions = positions + to_device(host, positions.dtype, positions.device)
 
     def report_logical_length(self, original, accumulator, *, req):

@@ -1,41 +1,118 @@
-"""The position offset, and what decode graphs rely on: their buffer is filled from ``forward_batch.positions``."""
+"""The position offset of every row, on SGLang's own batches; and what decode graphs rely on: a tensor of its own."""
 
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("sglang")
-from metasoft_patches.scheduler import SchedulerHooks
+from metasoft_patches.adapters import load_adapter
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
+from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_metasoft.config import MetaSoftConfig
+from tests.unit.sglang_requests import make_chain, make_request
+
+if version("sglang") == "0.5.17":
+    pytest.skip("SGLang 0.5.17 wants a whole model runner to make a ForwardBatch", allow_module_level=True)
+
+# What ForwardBatch.init_new asks of a model runner, for a plain text model on a CPU.
+RUNNER = SimpleNamespace(
+    device="cpu",
+    is_draft_worker=False,
+    lora_manager=None,
+    model_config=SimpleNamespace(model_is_mrope=False, requires_mm_token_modalities=False),
+    ngram_embedding_manager=SimpleNamespace(enabled=False),
+    kv_index_translator=SimpleNamespace(own_plan=lambda batch: SimpleNamespace(bind=lambda *args, **kwargs: None)),
+    prefill_attention_backend_str="torch_native",
+)
 
 
-def shift(positions: torch.Tensor, offsets: list[int | None], extend_lens: list[int] | None = None) -> torch.Tensor:
-    """Run the hook as after ``ForwardBatch.init_new``; an offset of None is a request that MetaSoft does not know."""
-    reqs = [SimpleNamespace(metasoft=None if o is None else SimpleNamespace(offset=o)) for o in offsets]
-    mode = SimpleNamespace(is_decode=lambda: extend_lens is None)
-    batch = SimpleNamespace(reqs=reqs, forward_mode=mode, extend_lens=extend_lens)
-    forward_batch = SimpleNamespace(positions=positions)
-    SchedulerHooks(MetaSoftConfig(), adapter=None).shift_positions(forward_batch, None, batch, None)
-    return forward_batch.positions
+def make_batch(mode: ForwardMode, offsets: list[int | None], rows: list[int], **fields) -> ScheduleBatch:
+    """A batch of requests whose rows have these lengths.
+
+    Args:
+        offsets: how much shorter a request's chain is than what it stands for; None: not known to MetaSoft.
+    """
+    reqs = [make_request(5000) for _ in offsets]
+    for req, offset in zip(reqs, offsets, strict=True):
+        if offset is None:
+            del req.metasoft
+        elif offset:
+            req.metasoft.use_chain(req, make_chain(offset + 100, 100))
+    lengths = torch.tensor(rows)
+    return ScheduleBatch(
+        reqs=reqs, forward_mode=mode, device="cpu", spec_algorithm=SpeculativeAlgorithm.NONE,
+        req_pool_indices=torch.arange(len(rows)), req_pool_indices_cpu=torch.arange(len(rows)),
+        seq_lens=lengths, seq_lens_cpu=lengths.clone(), orig_seq_lens=lengths.clone(), **fields,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_a_decode_step_gets_a_new_tensor_of_the_same_kind(dtype):
-    buffer = torch.tensor([500, 7, 90, 0, 0], dtype=dtype)
-    positions = buffer[:3]  # SGLang may hand out a view of a buffer that it fills again
-    shifted = shift(positions, [1500, 0, None])
-    assert shifted.tolist() == [2000, 7, 90] and shifted.dtype == dtype
-    assert shifted.data_ptr() != buffer.data_ptr() and buffer.tolist() == [500, 7, 90, 0, 0]
+def launch(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions that SGLang gives the batch's tokens, and those after the hook."""
+    with get_parallel().override(moe_ep_size=1, attn_dcp_size=1):
+        forward_batch = ForwardBatch.init_new(
+            batch, RUNNER, capture_hidden_mode=CaptureHiddenMode.NULL, return_hidden_states_before_norm=False
+        )
+    before = forward_batch.positions
+    adapter = load_adapter()
+    hooks = adapter.hooks.SchedulerHooks(MetaSoftConfig(), adapter)
+    hooks.shift_positions(forward_batch, ForwardBatch, batch, RUNNER)
+    return before, forward_batch.positions
+
+
+def test_a_decode_step_gets_a_new_tensor_of_the_same_kind():
+    before, shifted = launch(make_batch(ForwardMode.DECODE, [1500, 0, None], [501, 8, 91]))
+    assert before.tolist() == [500, 7, 90] and shifted.tolist() == [2000, 7, 90]
+    assert shifted.dtype == before.dtype and shifted.data_ptr() != before.data_ptr()
 
 
 def test_without_a_compressed_request_the_very_tensor_stays():
     """So that a graph runner that filled its buffer ahead need not copy again."""
-    positions = torch.tensor([3, 4])
-    assert shift(positions, [0, None]) is positions
+    before, shifted = launch(make_batch(ForwardMode.DECODE, [0, None], [4, 5]))
+    assert shifted is before
 
 
-def test_prefill_and_mixed_batches_shift_every_token_of_a_request():
-    positions = torch.tensor([10, 11, 12, 70, 5, 6])
-    assert shift(positions, [100, 30, 0], extend_lens=[3, 1, 2]).tolist() == [110, 111, 112, 100, 5, 6]
+@pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.MIXED])
+def test_prefill_and_mixed_batches_shift_every_token_of_a_request(mode):
+    batch = make_batch(
+        mode, [100, 30, 0], [13, 71, 7], prefix_lens=[10, 70, 5], extend_lens=[3, 1, 2], extend_num_tokens=6,
+        extend_logprob_start_lens=[3, 1, 2],
+    )  # fmt: skip
+    before, shifted = launch(batch)
+    assert before.tolist() == [10, 11, 12, 70, 5, 6]
+    assert shifted.tolist() == [110, 111, 112, 100, 5, 6]
+
+
+@pytest.mark.parametrize("leader_offset", [0, 40])
+def test_beams_ride_behind_the_requests_with_the_offset_of_their_own(leader_offset):
+    """Two groups, of two and of three beams; today's leaders are not compressed, but the rows would be right."""
+    from sglang.srt.beam_search.batch_tail import append_beam_tail, strip_beam_tail
+    from sglang.srt.beam_search.beam_group import BeamGroup
+
+    batch = make_batch(ForwardMode.DECODE, [leader_offset, 1200, None], [51, 501, 91])
+    for index, width in ((0, 2), (2, 3)):
+        group = batch.reqs[index].beam_group = BeamGroup(beam_width=width, max_new_tokens=8)
+        group.member_rows = group.member_rows_cpu = torch.arange(10, 9 + width)
+    append_beam_tail(batch)
+    before, shifted = launch(batch)
+    assert before.tolist() == [50, 500, 90, 50, 90, 90]
+    assert shifted.tolist() == [50 + leader_offset, 1700, 90, 50 + leader_offset, 90, 90]
+    strip_beam_tail(batch)
+    assert launch(batch)[1].tolist() == [50 + leader_offset, 1700, 90]
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.TARGET_VERIFY, ForwardMode.DECODE])
+def test_every_draft_of_a_request_has_the_offset_of_the_request(mode):
+    """A verified tree and a drafted step bring several positions a request, in request order, of their own making."""
+    tree = SimpleNamespace(positions=torch.tensor([7, 8, 8, 90, 91, 91]), num_tokens_per_req=3)
+    # extend_lens is what the last prefill left.
+    batch = make_batch(mode, [1500, 0], [7, 90], extend_lens=[40, 2], spec_info=tree)
+    forward_batch = SimpleNamespace(positions=tree.positions)
+    adapter = load_adapter()
+    hooks = adapter.hooks.SchedulerHooks(MetaSoftConfig(), adapter)
+    hooks.shift_positions(forward_batch, ForwardBatch, batch, RUNNER)
+    assert forward_batch.positions.tolist() == [1507, 1508, 1508, 90, 91, 91]

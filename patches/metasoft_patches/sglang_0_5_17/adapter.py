@@ -73,6 +73,9 @@ class SGLangAdapter(Adapter):
     def set_prefix(self, req, row, end):
         req.prefix_indices = row[:end].to(torch.int64, copy=True)
 
+    def request_of_rows(self, batch):
+        return list(range(len(batch.reqs)))
+
     def retract(self, scheduler, req):
         retract_all(
             reqs=[req],

@@ -68,6 +68,13 @@ class SGLangAdapter(Adapter):
     def set_prefix(self, req, row, end):
         req.prefix_len = end
 
+    def request_of_rows(self, batch):
+        rows = list(range(len(batch.reqs)))
+        if batch.beam_tail is not None:
+            for beams in batch.beam_tail.entries:
+                rows += [beams.leader_idx] * (beams.end - beams.start)
+        return rows
+
     def retract(self, scheduler, req):
         retract_all(
             reqs=[req],

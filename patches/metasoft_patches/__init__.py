@@ -6,7 +6,7 @@ def register() -> None:
 
     In a version that is not supported only the flags are added: each of them then says which versions are.
     """
-    from metasoft_patches import frontend
+    from metasoft_patches import cpu_platform, frontend
     from metasoft_patches.adapters import load_adapter
     from metasoft_patches.install import register_hooks
     from metasoft_patches.targets import FLAG_TARGETS
@@ -14,5 +14,6 @@ def register() -> None:
 
     register_hooks(FLAG_TARGETS, frontend)
     frontend.extend_engine()
+    cpu_platform.offer_attention_backend()
     if is_sglang_supported():
         register_hooks(load_adapter().targets_of("frontend"), frontend, load_adapter().hooks)

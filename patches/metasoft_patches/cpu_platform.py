@@ -22,3 +22,13 @@ def activate() -> str | None:
         return None
     # Imported by SGLang only when it is chosen: the class needs SGLang's platform package.
     return f"metasoft_patches.{folder_of(check_sglang_version())}.cpu_platform.CpuPlatform"
+
+
+def offer_attention_backend() -> None:
+    """Let ``--attention-backend`` name this platform's own backend where the platform is the chosen one."""
+    from sglang.srt.platforms import current_platform
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+
+    backend = getattr(current_platform, "attention_backend", None)
+    if backend is not None and backend not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([backend])

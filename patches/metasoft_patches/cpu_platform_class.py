@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
     """SGLang on plain torch operations: no kernel library, no graph capture, no pinned memory."""
 
+    attention_backend = "torch_rows"
     _enum = PlatformEnum.OOT
     _binding: str | None = None  # what this process set
 
@@ -50,7 +51,16 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
             os.environ[THREAD_BINDING] = self._binding
 
     def get_default_attention_backend(self) -> str:
-        return "torch_native"
+        return self.attention_backend
+
+    def init_backend(self) -> None:
+        """Called in each worker before the model is built."""
+        from sglang.srt.layers.attention.attention_registry import register_attention_backend
+        from sglang.srt.mem_cache import allocation
+
+        register_attention_backend(self.attention_backend)(create_attention_backend)
+        # SGLang knows by the name ``torch_native`` alone that there is no Triton here.
+        allocation.get_last_loc_triton = allocation.get_last_loc_torch
 
     def get_device(self, device_id: int = 0) -> str:
         # SGLang compares this with device strings.
@@ -61,6 +71,13 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def is_pin_memory_available(self, device=None) -> bool:
         return False
+
+
+def create_attention_backend(runner):
+    """For SGLang's registry: the backend of one model runner."""
+    from metasoft_patches.cpu_attention import TorchRowsBackend
+
+    return TorchRowsBackend(runner)
 
 
 def spread_cores(cores: list[int], ranks: int) -> str:

@@ -1,37 +1,59 @@
 """The index of compressed prefixes: raw prompt prefix -> the virtual token ids that stand for it in the radix tree.
 
 A compressed span of S prompt tokens is, to SGLang, a run of B virtual tokens: content-derived int64 ids outside any
-vocabulary. The index finds the indexed prefixes of a prompt. Hashes only narrow the search; the tokens
-themselves are compared, so a hash collision can never hand one prompt another's entries.
+vocabulary. The index is a tree of prompt tokens, in which a chain hangs where the last token lies that shaped it: what
+its probe saw after its end included. Tokens are compared, never hashes, so a chain only ever meets prompts that begin
+with all of that.
 """
 
+import dataclasses
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-BLOCK_TOKENS = 64
 FIRST_VIRTUAL_ID = 1 << 61
 
 
-class Chain(NamedTuple):
-    """A compressed prefix."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chain:
+    """A compressed prefix: a segment and the chain that it continues."""
 
-    raw_ids: array  # the prompt tokens it stands for
-    virtual_ids: array  # one id per kept entry
+    parent: "Chain | None"
+    segment_ids: array  # one virtual id per kept entry of the segment
+    tokens: int  # prompt tokens that the chain stands for
+    slots: int  # entries held
+    # First tokens that a prompt must have so that the chain may serve it: those that any of its probes saw.
+    required_tokens: int
+
+    @classmethod
+    def extend(cls, parent: "Chain | None", segment_ids: array, tokens: int, seen_tokens: int) -> "Chain":
+        """The chain after one more segment.
+
+        Args:
+            parent: the chain before it, if any.
+            segment_ids: virtual ids of the segment.
+            tokens: prompt tokens up to its end.
+            seen_tokens: first tokens of the prompt that its probe saw.
+        """
+        slots, required = (parent.slots, parent.required_tokens) if parent else (0, 0)
+        return cls(parent, segment_ids, tokens, slots + len(segment_ids), max(tokens, seen_tokens, required))
 
     @property
-    def tokens(self) -> int:
-        """Logical length."""
-        return len(self.raw_ids)
-
-    @property
-    def slots(self) -> int:
-        """Entries held."""
-        return len(self.virtual_ids)
+    def virtual_ids(self) -> array:
+        """One id per kept entry, of all segments."""
+        segments: list[array] = []
+        chain: Chain | None = self
+        while chain is not None:
+            segments.append(chain.segment_ids)
+            chain = chain.parent
+        ids = array("q")
+        for segment_ids in reversed(segments):
+            ids += segment_ids
+        return ids
 
     @property
     def offset(self) -> int:
@@ -39,123 +61,203 @@ class Chain(NamedTuple):
         return self.tokens - self.slots
 
 
-def prefix_digests(ids: array) -> list[bytes]:
-    """Digest of every prefix of whole blocks: ``result[n]`` covers the first ``n * BLOCK_TOKENS`` ids."""
-    state = hashlib.blake2b(digest_size=16)
-    digests = [b""]
-    view = memoryview(ids)
-    for start in range(0, len(ids) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        state.update(view[start : start + BLOCK_TOKENS])
-        digests.append(state.copy().digest())
-    return digests
-
-
-def make_virtual_ids(secret: str, namespace: Hashable, chain: Chain | None, span_ids: array, slots: int) -> array:
+def make_virtual_ids(
+    secret: str, namespace: Hashable, chain: Chain | None, span_ids: array, tail_ids: array, slots: int
+) -> array:
     """Ids for a newly compressed span.
 
-    They follow from the content, the namespace and a secret of this server alone: the same on every rank, different
-    for other settings or tenants, and not to be guessed by a client.
+    They follow from all that shapes the entries, the namespace and a secret of this server alone: the same on every
+    rank, different for other settings or tenants, and not to be guessed by a client.
 
     Args:
         secret: the server's, hexadecimal.
         namespace: everything that must separate chains; its ``repr`` is hashed.
         chain: the chain that the span continues, or None.
         span_ids: raw token ids of the span.
+        tail_ids: those after it that its probe saw.
         slots: number of ids to make.
     """
     digest = hashlib.blake2b(digest_size=16, key=bytes.fromhex(secret))
-    digest.update(repr((namespace, slots, len(span_ids))).encode())
-    digest.update(memoryview(chain.virtual_ids if chain else array("q")))
+    digest.update(repr((namespace, slots, len(span_ids), len(tail_ids), chain.tokens if chain else 0)).encode())
+    # The ids of a segment stand for everything before it too.
+    digest.update(memoryview(chain.segment_ids if chain else array("q")))
     digest.update(memoryview(span_ids))
+    digest.update(memoryview(tail_ids))
     random = np.random.Generator(np.random.Philox(key=int.from_bytes(digest.digest(), "little")))
     ids = random.integers(FIRST_VIRTUAL_ID, FIRST_VIRTUAL_ID << 1, size=slots, dtype=np.int64)
     return array("q", ids.tobytes())
 
 
-class ChainIndex:
-    """Compressed prefixes by namespace, bounded, least recently used first out.
+class Found(NamedTuple):
+    """What the index knows of a prompt."""
 
-    It also remembers the digests of whole prompts, so that it is known where a new prompt leaves earlier ones, even
-    after the tree has evicted those. That only decides where a segment ends, never what it holds.
+    chains: list[Chain]  # that may serve it, longest first
+    seen_tokens: int  # first tokens that an earlier prompt had too
+    parting_tokens: int  # the last point at which another prompt leaves this one; 0 if none is known
+
+
+class _Node:
+    """A run of tokens that all remembered prompts below have in common."""
+
+    __slots__ = ("chains", "children", "ids", "parent")
+
+    def __init__(self, ids: array, parent: "_Node | None") -> None:
+        self.ids = ids
+        self.parent = parent
+        self.children: dict[int, _Node] = {}  # by first token
+        self.chains: list[tuple[Hashable, Chain]] = []  # whose required tokens end here
+
+
+class ChainIndex:
+    """Prompts and their compressed prefixes, by tenant; bounded, least recently used first out.
 
     Args:
-        max_tokens: raw tokens remembered over all chains, and again over all prompts.
+        max_tokens: prompt tokens remembered; what prompts have in common counts once.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self.num_tokens = 0
-        self._seen: OrderedDict[tuple[Hashable, bytes], None] = OrderedDict()
-        self._buckets: dict[Hashable, list[Chain]] = {}
-        self._recency: OrderedDict[int, tuple[Hashable, Chain]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._recency)
+        self.clear()
 
     def clear(self) -> None:
         """Forget everything; called whenever the radix tree is emptied."""
         self.num_tokens = 0
-        self._buckets.clear()
-        self._recency.clear()
-        self._seen.clear()
+        self._roots: dict[Hashable, _Node] = {}
+        self._places: dict[Chain, tuple[Hashable, _Node]] = {}
+        # Least recently used first. A node is always more recent than those below it, so the first is a leaf.
+        self._recency: OrderedDict[_Node, Hashable] = OrderedDict()
 
-    def remember_prompt(self, tenant: Hashable, digests: list[bytes]) -> None:
-        """Note a prompt by its ``prefix_digests``."""
-        for digest in digests[1:]:
-            self._seen[tenant, digest] = None
-            self._seen.move_to_end((tenant, digest))
-        while len(self._seen) > max(self.max_tokens // BLOCK_TOKENS, 1):
-            self._seen.popitem(last=False)
+    def __len__(self) -> int:
+        return len(self._places)
 
-    def seen_tokens(self, tenant: Hashable, digests: list[bytes]) -> int:
-        """How many first tokens, in whole blocks, an earlier prompt of this tenant had too."""
-        for blocks in range(len(digests) - 1, 0, -1):
-            if (tenant, digests[blocks]) in self._seen:
-                return blocks * BLOCK_TOKENS
-        return 0
+    def __iter__(self) -> Iterator[tuple[Hashable, Chain]]:
+        """All chains with their namespaces."""
+        return ((namespace, chain) for chain, (namespace, _) in self._places.items())
 
-    def candidates(self, namespace: Hashable, ids: array, digests: list[bytes], limit: int) -> list[Chain]:
-        """Chains that are proper prefixes of ``ids``, whose ``prefix_digests`` are given; longest first."""
-        found: list[Chain] = []
-        for blocks in range(len(ids) // BLOCK_TOKENS, -1, -1):
-            fitting = [
-                chain
-                for chain in self._buckets.get((namespace, blocks, digests[blocks]), ())
-                if chain.tokens < len(ids) and ids[: chain.tokens] == chain.raw_ids
-            ]
-            found += sorted(fitting, key=lambda chain: -chain.tokens)
-            if len(found) >= limit:
-                break
-        return found[:limit]
+    def match(self, tenant: Hashable, namespace: Hashable, ids: array, prompt_tokens: int, limit: int) -> Found:
+        """What is known of a prompt.
+
+        Args:
+            tenant: what separates prompts.
+            namespace: what separates chains, the tenant included.
+            ids: the prompt, and the outputs of a request that continues.
+            prompt_tokens: of these, the prompt's; one at least must be left after a chain.
+            limit: chains that are returned.
+        """
+        path, seen = self._descend(tenant, ids)
+        chains, parting = [], 0
+        for node, end in path:
+            chains += [chain for owner, chain in node.chains if owner == namespace and chain.tokens < prompt_tokens]
+            if len(node.children) > 1 and end < prompt_tokens:
+                parting = end
+        chains.sort(key=lambda chain: -chain.tokens)
+        return Found(chains[:limit], seen, seen if seen < prompt_tokens else parting)
 
     def touch(self, chain: Chain) -> None:
-        """Count the chain as used now."""
-        self._recency.move_to_end(id(chain))
+        """Count the chain as used now, if it is still known."""
+        if chain in self._places:
+            self._touch(self._places[chain][1])
 
-    def add(self, namespace: Hashable, chain: Chain, digests: list[bytes]) -> Chain:
-        """Remember a chain; ``digests`` are those of a prompt that starts with it. Returns the indexed chain."""
-        blocks = chain.tokens // BLOCK_TOKENS
-        key = (namespace, blocks, digests[blocks])
-        bucket = self._buckets.setdefault(key, [])
-        for known in bucket:
-            if known == chain:
-                self.touch(known)
+    def add(self, tenant: Hashable, namespace: Hashable, chain: Chain, ids: array) -> Chain:
+        """Remember a chain.
+
+        Args:
+            ids: of the prompt that was compressed, ``chain.required_tokens`` at least.
+
+        Returns:
+            The indexed chain, which may be an equal one that was there before.
+        """
+        node = self._remember(tenant, ids[: chain.required_tokens])
+        for owner, known in node.chains:
+            # The ids of a segment stand for everything before it too.
+            if owner == namespace and known.segment_ids == chain.segment_ids:
                 return known
-        bucket.append(chain)
-        self._recency[id(chain)] = (key, chain)
-        self.num_tokens += chain.tokens
-        while self.num_tokens > self.max_tokens and len(self._recency) > 1:
-            self.discard(next(iter(self._recency.values()))[1])
+        node.chains.append((namespace, chain))
+        self._places[chain] = (namespace, node)
         return chain
 
+    def remember_prompt(self, tenant: Hashable, ids: array) -> None:
+        """Note a prompt, so that it is known where later ones leave it, even after the tree has evicted it.
+
+        That only decides where a segment ends, never what it holds.
+        """
+        self._remember(tenant, ids)
+
     def discard(self, chain: Chain) -> None:
-        """Forget one chain, if it is still known."""
-        entry = self._recency.pop(id(chain), None)
-        if entry is None:
-            return
-        key, _ = entry
-        bucket = self._buckets[key]
-        bucket[:] = [known for known in bucket if known is not chain]
-        if not bucket:
-            del self._buckets[key]
-        self.num_tokens -= chain.tokens
+        """Forget one chain, if it is still known; those that continue it are of no use either, and go when tried."""
+        place = self._places.pop(chain, None)
+        if place is not None:
+            place[1].chains.remove((place[0], chain))
+
+    def _descend(self, tenant: Hashable, ids: array) -> tuple[list[tuple[_Node, int]], int]:
+        """Follow ids from the root.
+
+        Returns:
+            The nodes that they contain whole, each with the tokens up to its end, and how many of the ids are known.
+        """
+        path: list[tuple[_Node, int]] = []
+        node, seen = self._roots.get(tenant), 0
+        while node is not None:
+            path.append((node, seen))
+            child = node.children.get(ids[seen]) if seen < len(ids) else None
+            if child is None:
+                break
+            common = _common_tokens(child.ids, ids, seen)
+            seen += common
+            node = child if common == len(child.ids) else None
+        return path, seen
+
+    def _remember(self, tenant: Hashable, ids: array) -> _Node:
+        """The node that ends with ``ids``; makes room for it."""
+        root = self._roots.setdefault(tenant, _Node(array("q"), None))
+        path, seen = self._descend(tenant, ids)
+        node, end = path[-1]
+        if seen > end:
+            node = self._split(tenant, node.children[ids[end]], seen - end)
+        if seen < len(ids):
+            node.children[ids[seen]] = node = _Node(ids[seen:], node)
+            self._recency[node] = tenant
+            self.num_tokens += len(node.ids)
+        on_path = self._touch(node)
+        while self.num_tokens > self.max_tokens and len(self._recency) > on_path:
+            self._forget(*self._recency.popitem(last=False))
+        if not root.children:
+            del self._roots[tenant]
+        return node
+
+    def _split(self, tenant: Hashable, node: _Node, tokens: int) -> _Node:
+        """Cut a node after some tokens; returns the upper part."""
+        assert node.parent is not None
+        upper = _Node(node.ids[:tokens], node.parent)
+        node.parent.children[upper.ids[0]] = upper
+        node.ids, node.parent = node.ids[tokens:], upper
+        upper.children[node.ids[0]] = node
+        self._recency[upper] = tenant
+        return upper
+
+    def _touch(self, node: _Node) -> int:
+        """Count a node and those above it as used now; returns how many they are."""
+        number = 0
+        while node.parent is not None:
+            self._recency.move_to_end(node)
+            node, number = node.parent, number + 1
+        return number
+
+    def _forget(self, node: _Node, tenant: Hashable) -> None:
+        """Remove a leaf, with its chains."""
+        assert node.parent is not None and not node.children
+        self.num_tokens -= len(node.ids)
+        for _, chain in node.chains:
+            del self._places[chain]
+        del node.parent.children[node.ids[0]]
+        if node.parent.parent is None and not node.parent.children:
+            del self._roots[tenant]
+
+
+def _common_tokens(known: array, ids: array, start: int) -> int:
+    """How many of the first ``known`` tokens are those of ``ids`` from ``start`` on."""
+    length = min(len(known), len(ids) - start)
+    ours = np.frombuffer(known, dtype=np.int64, count=length)
+    differ = ours != np.frombuffer(ids, dtype=np.int64, count=length, offset=start * ids.itemsize)
+    first = int(differ.argmax())
+    return first if differ[first] else length

@@ -12,7 +12,7 @@ from metasoft_patches.request import RequestState
 from metasoft_patches.stages import StageRunner
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
-from sglang_metasoft.chains import Chain, make_virtual_ids
+from sglang_metasoft.chains import Chain, Found, make_virtual_ids
 from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig, settings_of
 from sglang_metasoft.types import Bypass, Plan
@@ -195,20 +195,22 @@ class SchedulerCompressor:
         if self.metrics is not None:
             self.metrics.span_compressed(plan)
         if state.generation == self.generation:
-            index = self.tree_cache.chains
-            index.add(self.namespace(req), chain, state.digests())
+            index, tenant = self.tree_cache.chains, self.tenant(req)
+            index.add(tenant, self.namespace(req), chain, state.raw_ids + req.output_ids)
             if is_last_chunk:
-                index.remember_prompt(self.tenant(req), state.digests())
+                index.remember_prompt(tenant, state.raw_ids)
 
     def _extend_chain(self, req, plan: Plan) -> Chain:
         state: RequestState = req.metasoft
         start = state.chain.tokens if state.chain else 0
         end = start + plan.span_tokens
+        probed = state.probed_tokens(plan, self.adapter.extend_end(req))
+        # Outputs of a retracted request come after the prompt; its probe sees them too.
+        ids = state.raw_ids + req.output_ids
         new_ids = make_virtual_ids(
-            self.config.secret, self.namespace(req), state.chain, state.raw_ids[start:end], plan.kept_slots
+            self.config.secret, self.namespace(req), state.chain, ids[start:end], ids[end:probed], plan.kept_slots
         )
-        before = state.chain.virtual_ids if state.chain else new_ids[:0]
-        return Chain(raw_ids=state.raw_ids[:end], virtual_ids=before + new_ids)
+        return Chain.extend(state.chain, new_ids, end, probed)
 
     def _shrink_batch(self, batch, shrink: list[int]) -> None:
         """Give the batch its new lengths; new tensors, because the launched forward still uses the old ones."""
@@ -244,13 +246,14 @@ class SchedulerCompressor:
         state.adopt_prompt(req)
         state.generation = self.generation
         state.refusal = state.refusal or bypass_reason(req, self.adapter)
-        chains = []
+        found = Found([], 0, 0)
         if state.refusal is None:
-            found = tree_cache.chains.candidates(self.namespace(req), state.raw_ids, state.digests(), MAX_CANDIDATES)
-            limit = state.end_limit_tokens
-            chains = [chain for chain in found if limit is None or chain.tokens <= limit]
-
-        seen = tree_cache.chains.seen_tokens(self.tenant(req), state.digests()) if state.refusal is None else 0
+            ids = state.raw_ids + req.output_ids
+            found = tree_cache.chains.match(
+                self.tenant(req), self.namespace(req), ids, len(state.raw_ids), MAX_CANDIDATES
+            )
+        limit = state.end_limit_tokens
+        chains = [chain for chain in found.chains if limit is None or chain.tokens <= limit]
 
         def match_with(chain: Chain | None) -> int:
             """Match in compact form with this chain, or raw; returns the logical tokens matched, -1 if it is gone."""
@@ -263,7 +266,7 @@ class SchedulerCompressor:
             if chain is not None and matched_slots < chain.slots:
                 tree_cache.chains.discard(chain)  # evicted from the tree meanwhile
                 return -1
-            state.see_shared_head(matched_slots + state.offset, seen, self.page_size)
+            state.see_shared_head(matched_slots + state.offset, found, self.page_size)
             state.make_plan(self.config, self.page_size)
             if state.plan is not None and matched_slots > state.plan.end_slots:
                 match(req, tree_cache, *args, **kwargs)

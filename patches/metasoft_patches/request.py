@@ -2,7 +2,7 @@
 
 from array import array
 
-from sglang_metasoft.chains import BLOCK_TOKENS, Chain, prefix_digests
+from sglang_metasoft.chains import Chain, Found
 from sglang_metasoft.config import NO_COMPRESSION, MetaSoftConfig
 from sglang_metasoft.policy import plan_span
 from sglang_metasoft.types import Bypass, Plan
@@ -39,7 +39,6 @@ class RequestState:
         self.is_reuse_counted = False
         self._no_plan = Bypass.TOO_SHORT
         self._raw_logprob_start: int | None = None
-        self._digests: list[bytes] | None = None
 
     @property
     def offset(self) -> int:
@@ -56,17 +55,10 @@ class RequestState:
         ours = self.raw_ids if self.chain is None else self.compact_ids
         return req.origin_input_ids is ours
 
-    def digests(self) -> list[bytes]:
-        """Prefix digests of the raw prompt, computed once."""
-        if self._digests is None:
-            self._digests = prefix_digests(self.raw_ids)
-        return self._digests
-
     def adopt_prompt(self, req) -> None:
         """Take the request's prompt as the raw one, if it was changed (truncated) after arrival."""
         if self.chain is None and req.origin_input_ids is not self.raw_ids:
             self.raw_ids = req.origin_input_ids
-            self._digests = None
 
     def use_chain(self, req, chain: Chain) -> None:
         """Switch the request to compact form."""
@@ -120,22 +112,32 @@ class RequestState:
         else:
             self._no_plan = plan
 
-    def see_shared_head(self, matched_tokens: int, seen_tokens: int, page_size: int) -> None:
+    def see_shared_head(self, matched_tokens: int, found: Found, page_size: int) -> None:
         """Set the boundary to where this prompt leaves earlier ones, unless the client named one.
 
         Args:
             matched_tokens: what the tree holds of this prompt.
-            seen_tokens: what earlier prompts had in common with it, in whole blocks, evicted since or not.
+            found: what the index knows of it.
             page_size: slots of a pool page.
         """
         if self.named_boundary is not None:
             return
-        prompt_tokens = len(self.raw_ids)
-        is_repeat = matched_tokens >= (prompt_tokens - 1) // page_size * page_size
-        if is_repeat or prompt_tokens - seen_tokens < BLOCK_TOKENS and matched_tokens < seen_tokens:
-            self.boundary_tokens = None
+        # The tree knows outputs and uncompressed prompts too; but one that holds all that it may match is a repeat.
+        is_parted_in_tree = matched_tokens < (len(self.raw_ids) - 1) // page_size * page_size
+        if matched_tokens > found.seen_tokens and is_parted_in_tree:
+            self.boundary_tokens = matched_tokens
         else:
-            self.boundary_tokens = max(matched_tokens, seen_tokens)
+            self.boundary_tokens = found.parting_tokens or None
+
+    def probed_tokens(self, plan: Plan, row_end: int) -> int:
+        """Logical tokens that the probe of a span sees: up to the boundary that it ends at, else the whole row.
+
+        Args:
+            row_end: entries in the request's row.
+        """
+        if plan.ends_at_boundary:
+            return self.offset + plan.end_slots
+        return self.offset + row_end
 
     def skip(self, reason: Bypass) -> None:
         """Leave the request as it is, until it is scheduled anew."""

@@ -136,10 +136,8 @@ class StageRunner:
         state: RequestState = req.metasoft
         chain_tokens = state.chain.tokens if state.chain else 0
         span_end = chain_tokens + plan.span_tokens
-        context_slots = self.adapter.extend_end(req)
-        context_tokens = state.offset + context_slots
-        if plan.ends_at_boundary:
-            context_slots, context_tokens = plan.end_slots, span_end
+        context_tokens = state.probed_tokens(plan, self.adapter.extend_end(req))
+        context_slots = context_tokens - state.offset
         # Outputs of a retracted request come after the prompt; they are part of the tail.
         ids = state.raw_ids + req.output_ids
         if self.has_probe:

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import requests
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.shared_document import POOL_TOKENS, ask_all, make_prompts
-from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
+from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft
 
 pytestmark = pytest.mark.server
 
@@ -15,8 +17,14 @@ DOCUMENT, WINDOW = 1500, 64
 
 
 @pytest.fixture(scope="module")
-def server(start_server):
-    return start_server(*FLAGS, env=STRICT_CHECKS)
+def trace_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("trace")
+
+
+@pytest.fixture(scope="module")
+def server(start_server, trace_dir):
+    config = json.dumps({"trace_dir": str(trace_dir)})
+    return start_server(*FLAGS, "--metasoft-config", config, env=STRICT_CHECKS)
 
 
 def question(document_ids: list[int], number: int, length: int = 90) -> list[int]:
@@ -33,6 +41,29 @@ def test_a_document_seen_twice_becomes_a_segment_that_a_third_question_reuses(se
     assert metasoft(second) == {"span_tokens": DOCUMENT, "kv_tokens": DOCUMENT // 4 + 90, "reused_tokens": 0}
     assert metasoft(third) == {"span_tokens": DOCUMENT, "kv_tokens": DOCUMENT // 4 + 90, "reused_tokens": DOCUMENT}
     assert third["meta_info"]["cached_tokens"] == DOCUMENT
+
+
+@pytest.mark.parametrize("length", [1, 20, 50, 64, 65, 90])
+def test_the_document_is_chosen_without_a_question_however_short_they_are(server, document_ids, trace_dir, length):
+    """The third question reuses the document's own segment, which is the same whichever question came first."""
+    document, questions = document_ids[:DOCUMENT], [question(document_ids, n, length) for n in range(3)]
+    traces = {}
+    for order in ((0, 1, 2), (1, 0, 2)):
+        name = f"short-{length}-" + "".join(map(str, order))
+        responses = [server.generate(document + questions[n], rid=f"{name}-{n}", **{SALT: name}) for n in order]
+        alone = {"span_tokens": DOCUMENT, "kv_tokens": DOCUMENT // 4 + length}
+        assert metasoft(responses[1]) == alone | {"reused_tokens": 0}
+        assert metasoft(responses[2]) == alone | {"reused_tokens": DOCUMENT}
+        # A repeat of the first question reuses its own chain, unless the document's leaves as little to compute.
+        again = server.generate(document + questions[order[0]], **{SALT: name})
+        assert metasoft(again)["reused_tokens"] == (DOCUMENT + length - WINDOW if length > 1 else DOCUMENT)
+        traces[order] = [load_file(next(trace_dir.glob(f"{name}-{n}-0-*"))) for n in order[:2]]
+    (first, ours), (other_first, theirs) = traces.values()
+    assert torch.equal(ours["kept"], theirs["kept"])
+    torch.testing.assert_close(ours["key"], theirs["key"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours["value"], theirs["value"], rtol=1e-3, atol=1e-3)
+    # With a question in view other entries are chosen.
+    assert not torch.equal(first["kept"], other_first["kept"])
 
 
 def test_what_follows_the_document_becomes_a_second_segment_if_it_is_long(server, document_ids):

@@ -160,9 +160,9 @@ class Seen:
     segment_ends: set[int] = set()
 
 
-def chain_added(original, index, namespace, chain, digests):
+def chain_added(original, index, tenant, namespace, chain, ids):
     """AROUND ``ChainIndex.add``, just after the commit: what the chain's entries are now, they must remain."""
-    known = original(index, namespace, chain, digests)
+    known = original(index, tenant, namespace, chain, ids)
     Seen.segment_ends.add(chain.virtual_ids[-1])
     if Seen.scheduler is None:
         return known
@@ -188,7 +188,7 @@ def check_when_idle(scheduler) -> None:
     Seen.state = state
     Seen.checks += 1
     problems = [*pool_problems(scheduler)]
-    chains = [(chain, key[0]) for key, chain in tree.chains._recency.values()]
+    chains = [(chain, namespace) for namespace, chain in tree.chains]
     stale = 0
     for chain, namespace in chains:
         try:
@@ -295,8 +295,8 @@ def tenant_of(namespace: tuple) -> tuple:
 
 
 def spoil_last_chain(scheduler) -> None:
-    key, chain = list(scheduler.tree_cache.chains._recency.values())[-1]
-    slots = live_slots(scheduler, key[0], chain)
+    namespace, chain = list(scheduler.tree_cache.chains)[-1]
+    slots = live_slots(scheduler, namespace, chain)
     scheduler.token_to_kv_pool_allocator.get_kvcache().get_key_buffer(0)[slots[-1]] += 1
 
 

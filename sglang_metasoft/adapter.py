@@ -68,10 +68,6 @@ class Adapter(ABC):
         """Rebuild the request's ids, prompt and output, after its prompt was replaced."""
 
     @abstractmethod
-    def finishes_next(self, req) -> bool:
-        """Whether one more output token reaches the request's limit."""
-
-    @abstractmethod
     def tenant(self, req) -> tuple:
         """The client's keys that keep its raw prefixes apart: ``(extra_key, cache_salt)``."""
 

@@ -84,7 +84,8 @@ class Committer:
         """Put the request onto its consolidated entries and insert them into the radix tree.
 
         The span's slots that the request owns are freed, or, with ``keep_raw``, inserted as raw nodes that are
-        unlocked here. Afterwards the request locks the chain alone.
+        unlocked here. Afterwards the request locks the chain alone. One that SGLang keeps out of the tree inserts
+        nothing; its entries are its own.
 
         Args:
             req: its span is computed up to the end of its last extend; the tree owns nothing past ``plan.end_slots``.
@@ -98,7 +99,8 @@ class Committer:
         row_end = adapter.extend_end(req)
         if keep_raw and end > adapter.protected_len(req):
             self.tree_cache.publish_raw(req, up_to=end)
-        owned_from = max(adapter.protected_len(req), start)
+        protected_len = adapter.protected_len(req)
+        owned_from = max(protected_len, start)
         owned_raw = row[owned_from:end].to(torch.int64)
         compact_end = row_end - plan.saved_slots
         moved = torch.cat([new_slots.to(row.dtype), row[end:row_end]])
@@ -109,7 +111,8 @@ class Committer:
         req.origin_input_ids = compact_prompt_ids
         req.full_untruncated_fill_ids = array("q")
         adapter.refresh_ids(req)
-        adapter.move_row(req, end=compact_end, protected_len=start)
+        # Less than the start where an earlier segment was kept out of the tree.
+        adapter.move_row(req, end=compact_end, protected_len=min(protected_len, start))
         # At once: a later insertion would leave a window in which the index knows a chain that the tree lacks.
         self.tree_cache.publish(req, up_to=compact_end if insert_tail else start + plan.kept_slots)
         adapter.set_prefix(req, row, compact_end)

@@ -203,8 +203,8 @@ class MetaSoftConfig:
         flag=None,
         allowed="an integer >= 1",
         check=_is_int_from(1),
-        help="Prompt tokens that the index of compressed prefixes remembers (8 bytes each and 8 for each kept entry; what "
-        "prompts have in common counts once; least recently used first out).",
+        help="Prompt tokens that the index of compressed prefixes remembers, what several have in common once (8 bytes "
+        "each, and 8 for each kept entry; least recently used first out).",
     )
     kernels: str = _setting(
         "auto",

@@ -16,6 +16,8 @@ from sglang_metasoft.config import MetaSoftConfig
 BACKEND_NAME = "metasoft"
 # Below all others: raw twins of compressed spans are evicted before everything else.
 RAW_PRIORITY = -(1 << 63)
+# Of everything else. The highest, because SGLang inserts a prompt one above its output where there is one above.
+PRIORITY = (1 << 63) - 1
 
 
 class PrefixPolicy(ABC):
@@ -24,6 +26,7 @@ class PrefixPolicy(ABC):
     # Set by the factory, before __init__ runs.
     config: MetaSoftConfig
     adapter: Adapter
+    follows_request_priority: bool  # the operator chose to evict by it
     # Of SGLang's radix cache, the next base.
     page_size: int
     req_to_token_pool: Any
@@ -51,11 +54,13 @@ class PrefixPolicy(ABC):
         """Insert a request's KV as far as it may be shared.
 
         A raw request that will be compressed inserts nothing past its span's end, and nothing at all if raw spans
-        are not kept. Everything else is inserted as SGLang would.
+        are not kept. Everything else is inserted as SGLang would; what it keeps out of the tree is not inserted.
         """
+        if req.skip_radix_cache_insert:
+            return
         plan = getattr(getattr(req, "metasoft", None), "plan", None)
         if plan is None or req.finished():
-            self.insert_row(req, up_to=up_to, priority=own_priority(req), **kwargs)
+            self.insert_row(req, up_to=up_to, priority=self.priority_of(req), **kwargs)
             return
         if not self.config.keep_raw:
             return
@@ -66,22 +71,26 @@ class PrefixPolicy(ABC):
 
     def publish_raw(self, req, *, up_to: int) -> None:
         """Insert a raw span below every other priority, so that memory pressure takes it first."""
-        self.insert_row(req, up_to=up_to, priority=RAW_PRIORITY)
+        if not req.skip_radix_cache_insert:
+            self.insert_row(req, up_to=up_to, priority=RAW_PRIORITY)
 
+    def priority_of(self, req) -> int:
+        """In the tree, of what is no raw twin: the same for all, whatever a client asks for when it is scheduled.
 
-def own_priority(req) -> int:
-    """A request's priority in the tree: above every raw span, even where SGLang gives it the lowest of all."""
-    return max(req.priority or 0, RAW_PRIORITY + 1)
+        Only where the operator has chosen to evict by priority it is the request's own, above every raw twin.
+        """
+        return max(req.priority or 0, RAW_PRIORITY + 1) if self.follows_request_priority else PRIORITY
 
 
 def make_factory(config: MetaSoftConfig, adapter: Adapter):
     """The factory to register under :data:`BACKEND_NAME` with ``register_radix_cache_backend``."""
 
     def factory(context):
+        follows_request_priority = context.params.eviction_policy == "priority"
         if config.keep_raw and context.params.eviction_policy == "lru":
             # "priority" is LRU within one priority; it is what makes raw spans go first.
             context.params = dataclasses.replace(context.params, eviction_policy="priority")
-        attributes = {"config": config, "adapter": adapter}
+        attributes = {"config": config, "adapter": adapter, "follows_request_priority": follows_request_priority}
         return adapter.build_cache(context, type("MetaSoftRadixCache", (adapter.cache_class,), attributes))
 
     return factory

@@ -109,13 +109,12 @@ class Admission:
 
 def bypass_reason(req, adapter: Adapter) -> Bypass | None:
     """Why compression cannot serve this request, or None. Lengths are the policy's business, not this table's."""
-    params = req.sampling_params
     checks = (
-        (params.max_new_tokens == 0, Bypass.NO_OUTPUT),
         (req.multimodal_inputs is not None, Bypass.MULTIMODAL),
         (req.input_embeds is not None, Bypass.INPUT_EMBEDS),
         (req.positional_embed_overrides is not None, Bypass.EMBED_OVERRIDES),
-        (req.session is not None or req.session_id is not None, Bypass.SESSION),
+        # A session_id alone means nothing without --enable-session-radix-cache, which is refused.
+        (req.session is not None, Bypass.SESSION),
         (req.lora_id is not None, Bypass.LORA),
         (adapter.is_beam_search(req), Bypass.BEAM_SEARCH),
         (req.custom_logit_processor is not None, Bypass.CUSTOM_LOGIT_PROCESSOR),

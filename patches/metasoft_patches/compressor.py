@@ -130,9 +130,6 @@ class SchedulerCompressor:
                 continue
             is_last_chunk = self._is_last_chunk(req)
             if is_last_chunk:
-                if self.adapter.finishes_next(req):
-                    self._skip(req, Bypass.FINISHES_NOW, done)
-                    continue
                 state.make_plan(self.config, self.page_size)
             elif self.config.during_prefill:
                 state.make_plan(self.config, self.page_size, state.offset + self.adapter.extend_end(req))
@@ -194,7 +191,7 @@ class SchedulerCompressor:
         state.plan = next_plan
         if self.metrics is not None:
             self.metrics.span_compressed(plan)
-        if state.generation == self.generation:
+        if state.generation == self.generation and not req.skip_radix_cache_insert:
             index, tenant = self.tree_cache.chains, self.tenant(req)
             index.add(tenant, self.namespace(req), chain, state.raw_ids + req.output_ids)
             if is_last_chunk:

@@ -76,7 +76,6 @@ def test_nothing_is_shared_across(server, document_ids, other):
         ({"custom_params": {"metasoft_budget": 1}}, "opted_out"),
         ({"custom_params": {"metasoft_budget": 4000}}, "nothing_to_drop"),
         ({"return_logprob": True, "logprob_start_len": 0}, "prompt_logprobs"),
-        ({"max_new_tokens": 1}, "finishes_now"),
     ],
 )
 def test_a_request_that_cannot_be_compressed_says_why(server, document_ids, fields, reason):

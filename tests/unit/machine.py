@@ -63,10 +63,13 @@ class Machine:
         slots: of the KV pool.
         page: slots of a page.
         chunk: prefill tokens of one forward; None prefills a prompt at once.
+        eviction_policy: the operator's.
         settings: of :class:`MetaSoftConfig`.
     """
 
-    def __init__(self, slots: int, page: int = 1, chunk: int | None = None, **settings) -> None:
+    def __init__(
+        self, slots: int, page: int = 1, chunk: int | None = None, eviction_policy: str = "lru", **settings
+    ) -> None:
         publish(ServerArgs(model_path="none", device="cpu"), role="test")
         self.config = MetaSoftConfig(secret="00" * 16, **settings)
         self.adapter, self.page, self.chunk = load_adapter(), page, chunk
@@ -75,7 +78,7 @@ class Machine:
         sizes = (slots,) if page == 1 else (slots, page)
         self.allocator = allocator(*sizes, torch.float32, "cpu", pool, False)
         self.rows = ReqToTokenPool(8, 16384, "cpu", False)
-        params = CacheInitParams(False, self.rows, self.allocator, page)
+        params = CacheInitParams(False, self.rows, self.allocator, page, eviction_policy=eviction_policy)
         context = SimpleNamespace(
             server_args=None, params=params, is_hybrid_swa=False, is_hybrid_ssm=False, enable_hierarchical_cache=False
         )

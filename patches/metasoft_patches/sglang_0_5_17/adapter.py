@@ -51,9 +51,6 @@ class SGLangAdapter(Adapter):
     def refresh_ids(self, req):
         req._refresh_fill_ids()
 
-    def finishes_next(self, req):
-        return len(req.output_ids) + 1 >= req.sampling_params.max_new_tokens
-
     def tenant(self, req):
         return (req.extra_key, None)  # SGLang makes a client's cache_salt part of extra_key
 

@@ -4,7 +4,7 @@ import contextlib
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_metasoft.radix import PrefixPolicy, own_priority
+from sglang_metasoft.radix import PrefixPolicy
 
 
 class RadixCache(PrefixPolicy, UnifiedRadixCache):
@@ -16,21 +16,21 @@ class RadixCache(PrefixPolicy, UnifiedRadixCache):
         self.adapter.set_prefix(req, self.req_to_token_pool.req_to_token[req.req_pool_idx], end)
 
     def cache_finished_req(self, req, is_insert: bool = True, **kwargs) -> None:
-        with priority_of(req, own_priority(req)):
+        with given_priority(req, self.priority_of(req)):
             super().cache_finished_req(req, is_insert, **kwargs)
 
     def insert_row(self, req, *, up_to, priority, **kwargs):
         extent = req.extend_range
         req.set_extend_range(extent.start, up_to)
         try:
-            with priority_of(req, priority):
+            with given_priority(req, priority):
                 super().cache_unfinished_req(req, **kwargs)
         finally:
             req.extend_range = extent
 
 
 @contextlib.contextmanager
-def priority_of(req, priority: int):
+def given_priority(req, priority: int):
     """SGLang takes the priority of what it inserts from the request."""
     kept, req.priority = req.priority, priority
     try:

@@ -45,9 +45,6 @@ class SGLangAdapter(Adapter):
     def refresh_ids(self, req):
         req.refresh_fill_ids()
 
-    def finishes_next(self, req):
-        return req.next_output_finishes_by_length()
-
     def tenant(self, req):
         return (req.extra_key, req.cache_salt)
 

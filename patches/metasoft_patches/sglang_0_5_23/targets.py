@@ -193,7 +193,6 @@ USED = (
     ("sglang.srt.arg_groups.model_override_base:resolving_view", ("server_args",)),
     ("sglang.srt.arg_groups.model_override_base:model_config_of", ("server_args",)),
     ("sglang.srt.managers.schedule_batch:Req.refresh_fill_ids", ("self",)),
-    ("sglang.srt.managers.schedule_batch:Req.next_output_finishes_by_length", ("self",)),
 )
 
 # Decode graphs read a position buffer of their own. It must be filled from the batch's positions at every replay, to

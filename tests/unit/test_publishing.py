@@ -1,0 +1,67 @@
+"""What a request leaves in the tree, and what it may not: SGLang's own tree and requests, without a model."""
+
+import pytest
+
+from tests.unit.machine import Machine
+
+PROMPT = [*range(1500)]
+
+
+def serve(machine, ids, outputs=(1, 2), **fields):
+    priority, keeps_out = fields.pop("priority", None), fields.pop("keeps_out", False)
+    req = machine.arrive(ids, **fields)
+    req.priority, req.skip_radix_cache_insert = priority, keeps_out
+    machine.prefill(req)
+    machine.decode(req, outputs)
+    machine.finish(req)
+    machine.check_idle()
+    return req.metasoft
+
+
+@pytest.mark.parametrize("keep_raw", [True, False], ids=["keep-raw", "free-raw"])
+@pytest.mark.parametrize("chunk", [None, 512], ids=["whole", "chunked"])
+@pytest.mark.parametrize("page", [1, 16])
+def test_a_prompt_that_sglang_keeps_out_of_the_tree_leaves_nothing(page, chunk, keep_raw):
+    machine = Machine(6400, page, chunk, keep_raw=keep_raw, during_prefill=True)
+    state = serve(machine, PROMPT, keeps_out=True)
+    assert state.chain is not None  # compressed all the same
+    assert machine.tree.evictable_size() == 0 and len(machine.tree.chains) == machine.tree.chains.num_tokens == 0
+    # Nor does it disturb what others have left, which it may read.
+    left = serve(machine, PROMPT), machine.tree.evictable_size(), len(machine.tree.chains)
+    again = serve(machine, PROMPT + [7] * 800, keeps_out=True)
+    assert again.reused_tokens > 0 and again.chain.tokens > left[0].chain.tokens
+    assert (machine.tree.evictable_size(), len(machine.tree.chains)) == left[1:]
+
+
+@pytest.mark.parametrize("policy", ["lru", "priority"])
+def test_a_client_cannot_pin_its_prefix(policy):
+    """Unless the operator chose to evict by priority, what was used least recently goes, whoever sent it."""
+    machine = Machine(4800, eviction_policy=policy)
+    pinned, other, filling = ([start + i for i in range(1500)] for start in (0, 2000, 4000))
+    serve(machine, pinned, priority=100)
+    serve(machine, other)
+    for number in range(12):
+        serve(machine, [number, *filling])
+    kept = [serve(machine, ids).reused_tokens > 0 for ids in (pinned, other)]
+    assert kept == ([False, False] if policy == "lru" else [True, False])
+
+
+@pytest.mark.parametrize("priority", [None, -(1 << 63)])
+def test_raw_twins_go_before_any_chain(priority):
+    """Ten prompts of 1,500 tokens in a pool that holds one raw and six others compressed."""
+    machine = Machine(4400, eviction_policy="lru" if priority is None else "priority")
+    prompts = [[start + i for i in range(1500)] for start in range(0, 20_000, 2000)]
+    for ids in prompts:
+        serve(machine, ids, priority=priority)
+    reused = [serve(machine, ids, priority=priority).reused_tokens > 0 for ids in reversed(prompts)]
+    assert reused == [True] * 7 + [False] * 3
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 1])
+def test_a_prompt_without_output_is_compressed_and_read_as_any_other(max_new_tokens):
+    machine = Machine(6400)
+    warm = serve(machine, PROMPT, [5], max_new_tokens=max_new_tokens)
+    assert warm.chain is not None and warm.report().get("metasoft_bypass") is None
+    assert serve(machine, PROMPT, [5], max_new_tokens=max_new_tokens).reused_tokens == warm.chain.tokens
+    question = serve(machine, [*PROMPT, 7, 8, 9])
+    assert question.reused_tokens == warm.chain.tokens  # its probe saw nothing but the document

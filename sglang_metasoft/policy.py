@@ -14,8 +14,11 @@ def plan_span(
     *,
     prompt_tokens: int,
     page_size: int,
+    whole_tokens: int | None = None,
     chain_tokens: int = 0,
     chain_slots: int = 0,
+    reused_tokens: int = 0,
+    reused_slots: int = 0,
     boundary_tokens: int | None = None,
     end_limit_tokens: int | None = None,
     options: dict | None = None,
@@ -23,16 +26,21 @@ def plan_span(
     """Plan the next compressed span of a prompt.
 
     The span runs from the end of the already compressed chain to the boundary, if one lies ahead and far enough, else
-    to the raw window; both floored to a page. The kept entries of everything up to the boundary are
-    ``ceil(boundary_tokens / ratio)``; those of the whole prompt, window included, ``ceil(prompt_tokens / ratio)``; or
-    the budget, where that is set (at a boundary less the window). The span gets what chain and window leave of that,
-    rounded up to a page.
+    to the raw window; both floored to a page. It keeps entries, rounded up to a page:
+
+    - by a ratio, so that everything up to the boundary holds ``ceil(boundary_tokens / ratio)``, and the whole prompt,
+      window included, ``ceil(prompt_tokens / ratio)``: what chain and window leave of that;
+    - by a budget, the same share of all tokens up to its end, so that a prompt compressed anew, in however many spans,
+      holds the budget, window included. A reused chain stays what it is, and what follows it gets its share: where the
+      chain was made for a shorter prompt, this one holds more than the budget.
 
     Args:
         prompt_tokens: logical tokens of the prompt whose KV is, or will be, present.
         page_size: slots of a pool page.
+        whole_tokens: those of the whole prompt, if only its first ``prompt_tokens`` are meant.
         chain_tokens: logical tokens that earlier segments stand for.
         chain_slots: entries that earlier segments hold.
+        reused_tokens: of the chain's, those that were compressed for an earlier prompt; reused_slots: their entries.
         boundary_tokens: where other prompts are known, or expected, to leave this one.
         end_limit_tokens: logical tokens that no span may pass, whatever the boundary.
         options: per-request overrides of ``ratio`` or ``budget``.
@@ -62,13 +70,21 @@ def plan_span(
     span = (end - chain_tokens) // page_size * page_size
     if span < config.min_tokens:
         return Bypass.TOO_SHORT
-    tail = 0 if ends_at_boundary else prompt_tokens - chain_tokens - span
+    end = chain_tokens + span
     if budget is not None:
-        wanted = budget - config.window if ends_at_boundary else budget
+        # What stays raw in the end: all after the last span, which is this one unless another is long enough.
+        whole = prompt_tokens if whole_tokens is None else whole_tokens
+        last_end = (whole - config.window) // page_size * page_size
+        if end <= boundary <= whole and last_end - boundary < config.min_tokens:
+            last_end = boundary
+        raw = whole - (last_end if last_end - end >= config.min_tokens else end)
+        own_slots = chain_slots - reused_slots
+        wanted = -(-(end - reused_tokens) * (budget - raw) // (whole - raw)) - own_slots
     else:
-        wanted = math.ceil((end if ends_at_boundary else prompt_tokens) / ratio)
+        tail = 0 if ends_at_boundary else prompt_tokens - end
+        wanted = math.ceil((end if ends_at_boundary else prompt_tokens) / ratio) - tail - chain_slots
     sink = config.sink if chain_slots == 0 else 0
-    kept = max(wanted - tail - chain_slots, sink + 1, MIN_KEPT_SLOTS)
+    kept = max(wanted, sink + 1, MIN_KEPT_SLOTS)
     kept = -(-kept // page_size) * page_size
     if kept >= span:
         if budget is None and ratio == NO_COMPRESSION:
@@ -116,7 +132,12 @@ def chunked_footprint(
         peak = max(peak, chain_slots + raw)
         while isinstance(
             span := plan_span(
-                config, prompt_tokens=computed, chain_tokens=chain_tokens, chain_slots=chain_slots, **plan
+                config,
+                prompt_tokens=computed,
+                whole_tokens=prompt_tokens,
+                chain_tokens=chain_tokens,
+                chain_slots=chain_slots,
+                **plan,
             ),
             Plan,
         ):

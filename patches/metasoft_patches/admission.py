@@ -75,6 +75,8 @@ class Admission:
             page_size=self.page_size,
             chain_tokens=state.chain.tokens if state.chain else 0,
             chain_slots=chain_slots,
+            reused_tokens=state.reused_chain.tokens if state.reused_chain else 0,
+            reused_slots=state.reused_chain.slots if state.reused_chain else 0,
             raw_tokens=max(prefix_slots - chain_slots, 0),
             boundary_tokens=state.boundary_tokens,
             end_limit_tokens=state.end_limit_tokens,

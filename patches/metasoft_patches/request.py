@@ -29,6 +29,7 @@ class RequestState:
         self.raw_ids: array = req.origin_input_ids
         self.compact_ids: array | None = None
         self.chain: Chain | None = None
+        self.reused_chain: Chain | None = None  # the part of it that was there before
         self.plan: Plan | None = None
         # Logical tokens at which other prompts leave this one: named by the client, or seen when it was matched.
         self.boundary_tokens = self.named_boundary
@@ -64,6 +65,7 @@ class RequestState:
         """Switch the request to compact form."""
         self.restore_raw(req)
         self.set_chain(req, chain)
+        self.reused_chain = chain
         req.origin_input_ids = self.compact_ids
         req.full_untruncated_fill_ids = array("q")
 
@@ -86,7 +88,7 @@ class RequestState:
             req.full_untruncated_fill_ids = array("q")
             req.logprob_start_len = self._raw_logprob_start
         self._raw_logprob_start = None
-        self.chain = None
+        self.chain = self.reused_chain = None
         self.compact_ids = None
 
     def make_plan(self, config: MetaSoftConfig, page_size: int, prompt_tokens: int | None = None) -> None:
@@ -101,6 +103,9 @@ class RequestState:
             config,
             prompt_tokens=len(self.raw_ids) if prompt_tokens is None else prompt_tokens,
             page_size=page_size,
+            whole_tokens=len(self.raw_ids),
+            reused_tokens=self.reused_chain.tokens if self.reused_chain else 0,
+            reused_slots=self.reused_chain.slots if self.reused_chain else 0,
             chain_tokens=self.chain.tokens if self.chain else 0,
             chain_slots=self.chain.slots if self.chain else 0,
             boundary_tokens=self.boundary_tokens,

@@ -96,7 +96,7 @@ def test_the_document_is_chosen_without_a_question_however_short_they_are(server
 
 
 def warm_and_ask(server, document_ids: list[int], max_new_tokens: int, salt: str, **fields) -> list[int]:
-    """Send ten documents, then a question over each, newest first; returns how much of each document was there still."""
+    """Send ten documents, then a question over each, newest first; returns how much of each was there still."""
     fields[SALT] = salt
     documents = [[7200 + n, *document_ids[50 * n :][: WARMED_TOKENS - 1]] for n in range(WARMED)]
     for ids in documents:

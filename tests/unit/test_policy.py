@@ -10,7 +10,7 @@ from sglang_metasoft.types import Bypass, Plan
 
 
 def plan(tokens, page=1, options=None, **settings):
-    names = ("chain_tokens", "chain_slots", "boundary_tokens")
+    names = ("whole_tokens", "chain_tokens", "chain_slots", "boundary_tokens")
     chain = {name: settings.pop(name) for name in names if name in settings}
     return plan_span(MetaSoftConfig(**settings), prompt_tokens=tokens, page_size=page, options=options, **chain)
 
@@ -72,7 +72,68 @@ def test_a_short_continuation_is_no_segment_yet():
 def test_a_boundary_ends_the_span_there_and_its_entries_do_not_depend_on_what_follows():
     plans = {plan(tokens, boundary_tokens=2000) for tokens in (2001, 2030, 2600, 9000)}
     assert plans == {Plan(start_slots=0, span_tokens=2000, kept_slots=500, sink_tokens=4, ends_at_boundary=True)}
-    assert plan(2600, boundary_tokens=2000, budget=264).kept_slots == 200
+
+
+def whole_plan(config, tokens, page, boundary=None, chunk=None, options=None):
+    """All spans of a prompt, as the compressor makes them: after each chunk, or at the end."""
+    spans, chain_tokens, chain_slots = [], 0, 0
+    for computed in [*range(chunk or tokens, tokens, chunk or tokens), tokens]:
+        while isinstance(
+            span := plan_span(
+                config, prompt_tokens=computed, whole_tokens=tokens, page_size=page, boundary_tokens=boundary,
+                chain_tokens=chain_tokens, chain_slots=chain_slots, options=options,
+            ),
+            Plan,
+        ):  # fmt: skip
+            spans.append(span)
+            chain_tokens, chain_slots = chain_tokens + span.span_tokens, chain_slots + span.kept_slots
+    return spans, chain_tokens, chain_slots
+
+
+@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("chunk", [None, 512, 1000])
+@pytest.mark.parametrize("boundary", [None, 850, 1500])
+@pytest.mark.parametrize("tokens", [863, 1501, 1570, 2300, 8000])
+@pytest.mark.parametrize("budget", [100, 333, 700])
+def test_a_prompt_holds_its_budget_to_a_page_for_each_span(tokens, page, chunk, boundary, budget):
+    config = MetaSoftConfig(min_tokens=256)
+    boundary = boundary if boundary and boundary < tokens else None
+    spans, chain_tokens, chain_slots = whole_plan(config, tokens, page, boundary, chunk, {"budget": budget})
+    raw = tokens - chain_tokens
+    held = chain_slots + raw
+    least = raw + sum(-(-16 // page) * page for _ in spans)  # each span keeps some, and what is too short stays raw
+    # Chunks end where they do: earlier ones cannot know that the last leaves a rest which is too short.
+    unforeseen = config.min_tokens if chunk else 0
+    rounding = len(spans) * page + (16 if budget < 2 * least else 0)
+    assert held <= max(budget, least) + unforeseen + rounding, spans
+    if spans and budget > least:
+        assert held >= budget
+
+
+def test_the_budget_at_a_boundary_counts_what_stays_raw_behind_it():
+    """863 tokens, 13 of them after the boundary: no window is held back for them."""
+    assert plan(863, boundary_tokens=850, options={"budget": 100}, min_tokens=256).kept_slots == 100 - 13
+    # What follows is a span of its own, and both get their share.
+    both = whole_plan(MetaSoftConfig(), 3000, 1, 2000, None, {"budget": 300})
+    assert [span.kept_slots for span in both[0]] == [161, 75] and both[2] + 64 == 300
+
+
+def test_a_growing_chat_with_a_budget_gives_later_segments_the_share_that_a_prompt_of_that_length_gets():
+    config, chain_tokens, chain_slots, shares = MetaSoftConfig(budget=264), 0, 0, []
+    for tokens in range(2000, 10_001, 2000):
+        span = plan_span(
+            config, prompt_tokens=tokens, page_size=1, chain_tokens=chain_tokens, chain_slots=chain_slots,
+            reused_tokens=chain_tokens, reused_slots=chain_slots,
+        )  # fmt: skip
+        shares.append(span.kept_slots)
+        assert span.kept_slots == -(-span.span_tokens * 200 // (tokens - 64))
+        chain_tokens, chain_slots = chain_tokens + span.span_tokens, chain_slots + span.kept_slots
+    assert shares == [200, 102, 68, 51, 41]
+
+
+@pytest.mark.parametrize("budget", [2, 16, 79])
+def test_the_smallest_budget_is_the_window_and_a_few_entries(budget):
+    assert plan(2000, options={"budget": budget}) == plan(2000, budget=80) == Plan(0, 1936, 16, 4)
 
 
 def test_what_follows_a_boundary_is_a_span_of_its_own():

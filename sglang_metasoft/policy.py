@@ -74,7 +74,8 @@ def plan_span(
     if budget is not None:
         # What stays raw in the end: all after the last span, which is this one unless another is long enough.
         whole = prompt_tokens if whole_tokens is None else whole_tokens
-        last_end = (whole - config.window) // page_size * page_size
+        last_end = whole - config.window if end_limit_tokens is None else min(whole - config.window, end_limit_tokens)
+        last_end = last_end // page_size * page_size
         if end <= boundary <= whole and last_end - boundary < config.min_tokens:
             last_end = boundary
         raw = whole - (last_end if last_end - end >= config.min_tokens else end)

@@ -1,0 +1,57 @@
+"""The compressor that ships, served: it finds needles, and the in-process runner gives the same answers, in float32."""
+
+import pytest
+
+from sglang_metasoft.cli import main
+from sglang_metasoft.eval.records import read_records
+from tests.eval.answers import assert_same_answers, by_key
+
+pytestmark = pytest.mark.server
+
+COMPRESSOR = "smollm2-135m-instruct"
+LENGTH, RATIO = "1024", 4
+NEEDLES, RIGHT = 6, 5  # at depths from 20 to 70 %
+# Six needles with the question in the prompt; of one of them also a repeat, and the question after the document.
+RUNS = [["--first", "2", "--cases", str(NEEDLES), "--modes", "inside"],
+        ["--first", "5", "--cases", "1", "--modes", "repeat", "after"]]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_dir(full_model_dir):
+    return full_model_dir
+
+
+@pytest.fixture(scope="module")
+def answers(start_server, model_dir, data_folder, tmp_path_factory):
+    """Of the server and of the in-process runner, by task, index, turn, mode and method."""
+    server = start_server("--dtype", "float32", "--enable-metasoft", "--metasoft-path", COMPRESSOR)
+    method = f"metasoft@{COMPRESSOR}"
+    found = []
+    for command in (["eval", "--url", server.url, "--label", method],
+                    ["eval-hf", "--model", str(model_dir), "--methods", method]):  # fmt: skip
+        path = tmp_path_factory.mktemp("eval") / "answers.jsonl"
+        for run in RUNS:
+            assert main([*command, "--tasks", "niah_grid", "--lengths", LENGTH, "--ratios", "1", str(RATIO), *run,
+                         "--data", str(data_folder), "--output", str(path)]) == 0  # fmt: skip
+        found.append(by_key(read_records(path)))
+    return found
+
+
+def test_five_of_six_needles_are_found_at_4x(answers):
+    served, _ = answers
+    inside = [record for record in served.values() if record["mode"] == "inside" and record["ratio"] == RATIO]
+    assert len(inside) == NEEDLES
+    for record in inside:
+        assert record["problem"] is None and record["metasoft_kv_tokens"] == -(-record["prompt_tokens"] // RATIO)
+    assert sum(record["score"] == 1 for record in inside) >= RIGHT, [record["prediction"] for record in inside]
+
+
+def test_a_repeat_and_a_question_after_the_document_find_theirs(answers):
+    served, _ = answers
+    for mode in ("repeat", "after"):
+        (record,) = [record for record in served.values() if record["mode"] == mode and record["ratio"] == RATIO]
+        assert record["problem"] is None and record["score"] == 1, record["prediction"]
+
+
+def test_the_in_process_runner_gives_the_servers_answers(answers):
+    assert_same_answers(*answers)

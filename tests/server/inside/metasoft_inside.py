@@ -2,7 +2,8 @@
 
 ``tests/server/inside`` on ``PYTHONPATH`` loads it; ``METASOFT_INSIDE`` holds JSON: a ``seed``, and for each stage of
 ``STAGES`` the probability that it fails. A request whose id starts with ``inside-<stage>`` fails there for certain;
-one whose id starts with ``inside-corrupt`` spoils an entry of its chain, which the next check must notice.
+one whose id starts with ``inside-corrupt`` spoils an entry of its chain, which the next check must notice; to one whose
+id starts with ``inside-window`` the tree seems to own all of its row.
 Each check writes one line, ``metasoft inside: ok ...`` or ``metasoft inside: BROKEN ...``, to the server's log.
 """
 
@@ -33,6 +34,7 @@ def install(result, *args, **kwargs) -> None:
     """AFTER ``configure_scheduler_process``: only here may the product's modules be imported."""
     import metasoft_patches.compressor as compressor
     import metasoft_patches.stages as stages
+    from metasoft_patches.adapters import load_adapter
 
     from sglang_metasoft.chains import ChainIndex
 
@@ -44,6 +46,7 @@ def install(result, *args, **kwargs) -> None:
         (compressor.Committer, "reserve", faults.reserve),
         (compressor.Committer, "write", faults.write),
         (ChainIndex, "add", chain_added),
+        (type(load_adapter()), "protected_len", protected_len),
     ):
         setattr(owner, name, _wrapped(getattr(owner, name), wrapper))
 
@@ -72,6 +75,10 @@ class NanMethod:
         scores = self._method.score_layer(view)
         scores.importance[0, scores.importance.shape[1] // 2] = float("nan")
         return scores
+
+
+def protected_len(original, adapter, req) -> int:
+    return len(req.origin_input_ids) if str(req.rid).startswith("inside-window") else original(adapter, req)
 
 
 class Faults:

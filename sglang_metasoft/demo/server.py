@@ -49,20 +49,23 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = Path(log)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *entry, "--model-path", str(model), "--port", str(self.port)]
-        with self.log.open("wb") as sink:
-            self.process = subprocess.Popen(
-                [*command, *flags],
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=os.environ | (env or {}),
-            )
+        flags = ["--model-path", str(model), "--port", str(self.port), *flags]
+        self.process = self._start(entry, flags, os.environ | (env or {}))
         try:
             self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
+
+    def _start(self, entry: tuple[str, ...], flags: list[str], env: dict) -> subprocess.Popen:
+        with self.log.open("wb") as sink:
+            return subprocess.Popen(
+                [sys.executable, *entry, *flags],
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=env,
+            )
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_SECONDS

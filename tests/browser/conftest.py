@@ -1,9 +1,8 @@
 """A real Chromium without a network."""
 
-import os
-import shutil
-
 import pytest
+
+from tests.tools import need
 
 ARGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -13,9 +12,7 @@ ARGS = (
 
 @pytest.fixture(scope="module")
 def browser():
-    chromium = os.environ.get("METASOFT_CHROMIUM") or shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is not installed: apt-get install chromium (`make tools`), or set METASOFT_CHROMIUM")
+    chromium = need("chromium", "chromium")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:

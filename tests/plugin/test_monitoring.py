@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from sglang_metasoft.metrics import METRICS, PREFIX
+from tests.tools import need
 
 FOLDER = Path(__file__).parents[2] / "examples" / "monitoring"
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket",)}
 KNOWN = {f"{PREFIX}{metric.name}{suffix}" for metric in METRICS for suffix in SUFFIXES[metric.kind]}
-promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool: apt-get install prometheus")
 
 
 def run(*command, **kwargs) -> str:
@@ -35,14 +34,17 @@ def test_the_dashboard_is_the_scripts_own_and_shows_every_metric():
     assert all(f"{PREFIX}{metric.name}" in text for metric in METRICS if metric.name not in ("spans", "saved_slots"))
 
 
-@promtool
-def test_alerts_are_rules_that_fire_when_they_should():
-    assert "SUCCESS: 3 rules" in run("promtool", "check", "rules", "alerts.yml")
-    assert "SUCCESS" in run("promtool", "test", "rules", "alerts_test.yml")
+@pytest.fixture
+def promtool() -> str:
+    return need("promtool", "prometheus")
 
 
-@promtool
-def test_each_expression_of_the_dashboard_is_promql(tmp_path):
+def test_alerts_are_rules_that_fire_when_they_should(promtool):
+    assert "SUCCESS: 3 rules" in run(promtool, "check", "rules", "alerts.yml")
+    assert "SUCCESS" in run(promtool, "test", "rules", "alerts_test.yml")
+
+
+def test_each_expression_of_the_dashboard_is_promql(promtool, tmp_path):
     expressions = [
         target["expr"].replace("$__rate_interval", "1m").replace("$model", ".*")
         for panel in json.loads((FOLDER / "dashboard.json").read_text())["panels"]
@@ -50,4 +52,4 @@ def test_each_expression_of_the_dashboard_is_promql(tmp_path):
     ]
     rules = [{"record": f"panel:{number}", "expr": expr} for number, expr in enumerate(expressions)]
     (tmp_path / "rules.yml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
-    assert f"SUCCESS: {len(rules)} rules" in run("promtool", "check", "rules", str(tmp_path / "rules.yml"))
+    assert f"SUCCESS: {len(rules)} rules" in run(promtool, "check", "rules", str(tmp_path / "rules.yml"))

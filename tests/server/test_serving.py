@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
+from sglang_metasoft.config import settings_of
 from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until_idle
 
 pytestmark = pytest.mark.server
@@ -28,17 +29,18 @@ def test_start_up_says_what_is_active(server):
     assert len(lines) == 1 and "ratio=4.0" in lines[0] and "untrained" in lines[0]
 
 
-def test_first_run_reports_logical_counts(server, document_ids):
-    ids = document_ids[:1600]
-    response = server.generate(ids)
-    assert response["meta_info"]["prompt_tokens"] == 1600
-    assert metasoft(response) == {"span_tokens": 1600 - WINDOW, "kv_tokens": 400, "reused_tokens": 0}
+def test_server_info_shows_what_is_active_and_every_setting(server):
+    shown = server.info()["internal_states"][0]["metasoft"]
+    defaults = {name: field.default for name, field in settings_of().items()}
+    assert {name: shown[name] for name in defaults} == defaults
+    assert "untrained" in shown["active"] and shown["runs_on"] == "torch" and "secret" not in shown
 
 
-def test_the_same_prompt_again_reuses_the_chain(server, document_ids):
-    response = server.generate(document_ids[:1600])
-    assert response["meta_info"]["cached_tokens"] == 1599
-    assert metasoft(response) == {"span_tokens": 1536, "kv_tokens": 400, "reused_tokens": 1536}
+def test_counts_are_logical_and_the_same_prompt_again_reuses_the_chain(server, document_ids):
+    for cached, reused in ((0, 0), (1599, 1600 - WINDOW)):
+        response = server.generate(document_ids[:1600], **{SALT: "counts"})
+        assert response["meta_info"]["prompt_tokens"] == 1600 and response["meta_info"]["cached_tokens"] == cached
+        assert metasoft(response) == {"span_tokens": 1600 - WINDOW, "kv_tokens": 400, "reused_tokens": reused}
 
 
 def test_two_questions_share_the_raw_document(server, document_ids):
@@ -151,15 +153,17 @@ def test_concurrent_requests_are_all_compressed(server, document_ids):
 
 
 def test_an_aborted_request_leaves_the_server_well(server, document_ids):
-    body = {"input_ids": document_ids[500:2000], "rid": "abort-me", "sampling_params": {"max_new_tokens": 3000}}
-    responses = []
-    sender = threading.Thread(target=lambda: responses.append(requests.post(f"{server.url}/generate", json=body)))
-    sender.start()
-    time.sleep(4)
-    requests.post(f"{server.url}/abort_request", json={"rid": "abort-me"}, timeout=60)
-    sender.join(60)
-    assert not sender.is_alive()
-    assert server.generate(document_ids[500:2000])["meta_info"]["metasoft_span_tokens"] == 1500 - WINDOW
+    """Aborted while it decodes: it ends at once, says so, and what it left behind serves the next one like it."""
+    sampling = {"max_new_tokens": 3000, "ignore_eos": True}
+    body = {"input_ids": document_ids[500:2000], "rid": "abort-me", "stream": True, "sampling_params": sampling}
+    with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=120) as response:
+        events = (line[6:] for line in response.iter_lines() if line.startswith(b"data: {"))
+        next(events)
+        requests.post(f"{server.url}/abort_request", json={"rid": "abort-me"}, timeout=60)
+        *_, last = map(json.loads, events)
+    assert last["meta_info"]["finish_reason"]["type"] == "abort" and last["meta_info"]["completion_tokens"] < 3000
+    again = metasoft(server.generate(document_ids[500:2000]))
+    assert again["span_tokens"] == again["reused_tokens"] == 1500 - WINDOW
 
 
 def test_flush_cache_forgets_chains(server, document_ids):
@@ -171,25 +175,26 @@ def test_flush_cache_forgets_chains(server, document_ids):
 
 
 def test_nothing_leaks_over_200_mixed_requests(server, document_ids):
-    random_source = random.Random(5)
+    salt = {SALT: "mixed"}
 
     def one(number: int) -> None:
+        random_source = random.Random(f"5-{number}")  # of this one alone: threads take turns as they like
         kind = random_source.random()
         start, length = random_source.randrange(8) * 300, random_source.choice([40, 300, 700, 900, 1300])
         ids = document_ids[start : start + length]
         params = random_source.choice([{}, {}, {"metasoft_ratio": 1}, {"metasoft_ratio": 8}, {"metasoft_budget": 128}])
         if kind < 0.15:
-            body = {"input_ids": ids, "rid": f"mixed-{number}", "sampling_params": {"max_new_tokens": 400}}
+            body = {"input_ids": ids, "rid": f"mixed-{number}", "sampling_params": {"max_new_tokens": 400}} | salt
             sender = threading.Thread(target=lambda: requests.post(f"{server.url}/generate", json=body, timeout=300))
             sender.start()
             time.sleep(random_source.random() * 2)
             requests.post(f"{server.url}/abort_request", json={"rid": f"mixed-{number}"}, timeout=60)
             sender.join()
         elif kind < 0.3:
-            first = server.generate(ids, 5, custom_params=params)
-            server.generate(ids + first["output_ids"] + document_ids[:30], 5, custom_params=params)
+            first = server.generate(ids, 5, custom_params=params, **salt)
+            server.generate(ids + first["output_ids"] + document_ids[:30], 5, custom_params=params, **salt)
         else:
-            server.generate(ids, random_source.randrange(1, 8), custom_params=params)
+            server.generate(ids, random_source.randrange(1, 8), custom_params=params, **salt)
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(one, range(200)))

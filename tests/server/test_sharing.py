@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.shared_document import POOL_TOKENS, ask_all, make_prompts
-from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft
+from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until_idle
 
 pytestmark = pytest.mark.server
 
@@ -45,12 +45,14 @@ def test_a_document_seen_twice_becomes_a_segment_that_a_third_question_reuses(se
 
 
 def test_what_follows_the_document_becomes_a_second_segment_if_it_is_long(server, document_ids):
-    document, long = document_ids[:DOCUMENT], question(document_ids, 5, length=800)
-    response = server.generate(document + long)
+    document, long, salt = document_ids[:DOCUMENT], question(document_ids, 5, length=800), {SALT: "second"}
+    for number in range(2):
+        server.generate(document + question(document_ids, number), **salt)
+    response = server.generate(document + long, **salt)
     assert metasoft(response)["span_tokens"] == DOCUMENT + 800 - WINDOW
     assert metasoft(response)["kv_tokens"] == (DOCUMENT + 800) // 4
     assert metasoft(response)["reused_tokens"] == DOCUMENT
-    again = server.generate(document + long)
+    again = server.generate(document + long, **salt)
     assert metasoft(again)["reused_tokens"] == DOCUMENT + 800 - WINDOW
 
 
@@ -137,6 +139,21 @@ def test_a_session_id_alone_switches_nothing_off(server, document_ids):
     """It is the caller's name for a conversation, as gateways and agents send it with every turn."""
     response = server.generate(document_ids[1000:2200], session_id="one user's", **{SALT: "session"})
     assert metasoft(response)["span_tokens"] == 1200 - WINDOW
+
+
+def test_raw_spans_are_evicted_before_any_compressed_prefix(server, document_ids):
+    """More than the pool holds of both: the oldest raw twins go, each compressed prefix stays, whatever its age."""
+    wait_until_idle(server)
+    assert requests.post(f"{server.url}/flush_cache", timeout=60).status_code == 200
+    prompts = [[8000 + number, *document_ids[60 * number :][: DOCUMENT - 1]] for number in range(8)]
+    kept = [metasoft(server.generate(ids))["kv_tokens"] for ids in prompts]
+    assert sum(kept) < POOL_TOKENS / 2 and sum(kept) + len(prompts) * DOCUMENT > POOL_TOKENS
+    assert [metasoft(server.generate(ids))["reused_tokens"] for ids in prompts] == [DOCUMENT - WINDOW] * len(prompts)
+    cached = [
+        server.generate(prompts[number], 1, custom_params={"metasoft_ratio": 1})["meta_info"]["cached_tokens"]
+        for number in (-1, 0)
+    ]
+    assert cached[0] >= DOCUMENT - WINDOW and cached[1] == 0
 
 
 @pytest.mark.parametrize("boundary", [0, -1, 1.5, "1200", None, True, 800, 10**30])

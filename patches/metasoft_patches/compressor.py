@@ -162,7 +162,7 @@ class SchedulerCompressor:
             "active": self.stages.method.description,
             "runs_on": self.stages.kernels.description,
             "index_chains": len(index),
-            "index_tokens": index.num_tokens,
+            "index_tokens_now": index.num_tokens,
         }
 
     def _is_last_chunk(self, req) -> bool:

@@ -88,7 +88,7 @@ def test_a_request_that_cannot_be_compressed_says_why(server, document_ids, fiel
 
 
 def test_a_short_prompt_stays_raw(server, document_ids):
-    response = server.generate(document_ids[: MIN_TOKENS + WINDOW - 1])
+    response = server.generate(document_ids[: MIN_TOKENS + WINDOW - 1], **{SALT: "short"})
     assert metasoft(response)["bypass"] == "too_short"
 
 

@@ -35,8 +35,6 @@ REQUESTS = {
     Bypass.NOTHING_TO_DROP: sending(custom_params={"metasoft_budget": 4000}),
     Bypass.OPTED_OUT: sending(custom_params={"metasoft_ratio": 1}),
     Bypass.PROMPT_LOGPROBS: sending(return_logprob=True, logprob_start_len=0),
-    Bypass.NO_OUTPUT: sending(sampling_params={"max_new_tokens": 0}),
-    Bypass.FINISHES_NOW: sending(sampling_params={"max_new_tokens": 1}),
     Bypass.SESSION: of_session,
     Bypass.BEAM_SEARCH: sending(sampling_params={"beam_width": 2}),
     Bypass.CUSTOM_LOGIT_PROCESSOR: sending(

@@ -147,7 +147,7 @@ def test_raw_spans_are_evicted_before_any_compressed_prefix(server, document_ids
     assert requests.post(f"{server.url}/flush_cache", timeout=60).status_code == 200
     prompts = [[8000 + number, *document_ids[60 * number :][: DOCUMENT - 1]] for number in range(8)]
     kept = [metasoft(server.generate(ids))["kv_tokens"] for ids in prompts]
-    assert sum(kept) < POOL_TOKENS / 2 and sum(kept) + len(prompts) * DOCUMENT > POOL_TOKENS
+    assert sum(kept) < POOL_FOR_FOUR / 2 and sum(kept) + len(prompts) * DOCUMENT > POOL_FOR_FOUR
     assert [metasoft(server.generate(ids))["reused_tokens"] for ids in prompts] == [DOCUMENT - WINDOW] * len(prompts)
     cached = [
         server.generate(prompts[number], 1, custom_params={"metasoft_ratio": 1})["meta_info"]["cached_tokens"]

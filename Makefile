@@ -10,7 +10,8 @@ MODEL := .demo/SmolLM2-135M-Instruct/ready
 
 # Two files of tests at a time, each on one thread, where no GPU is shared; `make test WORKERS=0` takes one after the other.
 WORKERS ?= $(if $(shell command -v nvidia-smi),0,2)
-TWO_AT_A_TIME := -n $(WORKERS) --dist loadfile
+# Files in their order, servers before the unit tests: the last ones are short, so that both end together.
+TWO_AT_A_TIME := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # There servers are forked from one process that has SGLang imported, which spares two thirds of a start.
 FORKED := $(if $(shell command -v nvidia-smi),,METASOFT_FORK_SERVERS=1)
 

@@ -12,8 +12,6 @@ MODEL := .demo/SmolLM2-135M-Instruct/ready
 WORKERS ?= $(if $(shell command -v nvidia-smi),0,2)
 # Files in their order, servers before the unit tests: the last ones are short, so that both end together.
 TWO_AT_A_TIME := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# There servers are forked from one process that has SGLang imported, which spares two thirds of a start.
-FORKED := $(if $(shell command -v nvidia-smi),,METASOFT_FORK_SERVERS=1)
 
 .PHONY: demo serve tools test test-all test-fast gpu-test gpu-pack bench-memory soak eval train-demo lint docs clean
 .PHONY: $(OTHERS:%=test-%) $(OTHERS:%=test-%-identity)
@@ -25,7 +23,7 @@ serve: $(MODEL)
 	$(BIN)/sglang-metasoft serve-demo
 
 test: $(MODEL) tools
-	OMP_NUM_THREADS=1 $(FORKED) $(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not slow"
 
 test-all: $(MODEL) tools
 	$(BIN)/python -m pip install --disable-pip-version-check -q sglang-router==0.3.2

@@ -1,7 +1,7 @@
 """Servers forked from one process that has imported SGLang, which takes longer than most tests, three times a server.
 
-``make test`` sets ``METASOFT_FORK_SERVERS``. Without it, or with an environment that SGLang reads on import, a
-server is started as users start it. Run as a script, this is that process.
+With ``OMP_NUM_THREADS=1``, as in ``make test``, and without a GPU. Else, with ``METASOFT_FORK_SERVERS=0``, or with an
+environment that SGLang reads on import, a server is started as users start it. Run as a script, this is that process.
 """
 
 import atexit
@@ -17,10 +17,16 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 from sglang_metasoft.demo.server import Server
 
-# One thread each: libgomp's threads do not survive a fork.
-IS_ON = os.environ.get("METASOFT_FORK_SERVERS") == "1" and os.environ.get("OMP_NUM_THREADS") == "1"
+# libgomp's threads and CUDA's context do not survive a fork.
+IS_ON = (
+    os.environ.get("METASOFT_FORK_SERVERS") != "0"
+    and os.environ.get("OMP_NUM_THREADS") == "1"
+    and not torch.cuda.is_available()
+)
 READ_LATE = {
     "PYTHONPATH", "METASOFT_INSIDE", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE", "SGLANG_CHECK_KV_PAGE_INVARIANTS",

@@ -33,6 +33,8 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
             # There bf16 products are emulated: several times slower than float32 ones.
             logger.info("This CPU has no bf16 instructions: the model runs in float32 (--dtype bfloat16 overrides).")
             server_args.dtype = "float32"
+        if server_args.attention_backend in (None, "intel_amx"):  # SGLang's default on a CPU, for a library of kernels
+            server_args.attention_backend = self.attention_backend
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         self.bind_threads(server_args.tp_size * server_args.dp_size * server_args.pp_size)

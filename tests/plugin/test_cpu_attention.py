@@ -6,11 +6,12 @@ from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
-import sglang.srt.plugins  # noqa: F401  (as a server does, first)
+import sglang.srt.plugins as plugins
 import torch
 from metasoft_patches import cpu_attention, cpu_platform
 from metasoft_patches.adapters import folder_of
 from metasoft_patches.cpu_attention import TorchRowsBackend, attend
+from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -20,7 +21,9 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor import forward_batch_info
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
+from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, prepare_server_args
+
+plugins.load_plugins()
 
 SIZE, PAGE, CONTEXT = 16, 16, 256
 PREFIXES, NEWS = (0, 1, 15, 16, 17, 70), (1, 1, 2, 6, 15, 16, 17, 40)
@@ -224,3 +227,18 @@ def test_the_platform_offers_and_registers_it(monkeypatch):
     assert isinstance(ATTENTION_BACKENDS[name](runner), TorchRowsBackend)
     assert allocation.get_last_loc_triton is allocation.get_last_loc_torch
     assert not any(module.support_triton(name) for module in (allocation, forward_batch_info, mrope))
+
+
+@pytest.mark.parametrize(
+    ("flags", "backends"),
+    [
+        ([], ("torch_rows", "torch_rows")),
+        (["--attention-backend", "torch_rows"], ("torch_rows", "torch_rows")),
+        (["--attention-backend", "torch_native"], ("torch_native", "torch_native")),
+        (["--decode-attention-backend", "torch_native"], ("torch_rows", "torch_native")),
+    ],
+)
+def test_servers_take_it_unless_told_otherwise(model_dir, flags, backends):
+    args = prepare_server_args(["--model-path", str(model_dir), *flags])
+    getattr(args, "resolve_once", lambda: None)()  # as the entry points do from 0.5.23 on
+    assert attention_backends_of(resolved_view(args)) == backends

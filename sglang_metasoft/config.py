@@ -289,8 +289,12 @@ def check_config(values: Any) -> dict[str, Any]:
     return values
 
 
+class RequestRefused(ValueError):
+    """A request holds what it may not; the words are for its client (HTTP 400)."""
+
+
 class RequestOptions:
-    """What a client may set for one request, through ``custom_params``."""
+    """What a client may set for one request, through ``custom_params`` or through HTTP headers."""
 
     FIELDS = {"metasoft_ratio": "ratio", "metasoft_budget": "budget", "metasoft_boundary": "boundary"}
     BOUNDARY = _setting(
@@ -325,22 +329,37 @@ class RequestOptions:
             Setting name to value; empty if nothing is overridden.
 
         Raises:
-            ValueError: not a mapping, an unknown ``metasoft_`` key or a value out of range (SGLang answers HTTP 400).
+            RequestRefused: not a mapping, an unknown ``metasoft_`` key or a value out of range.
         """
         if custom_params is None:
             return {}
         if not isinstance(custom_params, Mapping):
-            raise ValueError(f"custom_params: {shown(custom_params)} is not allowed; allowed: an object or null")
+            raise RequestRefused(f"custom_params: {shown(custom_params)} is not allowed; allowed: an object or null")
         options = {}
         for key, value in custom_params.items():
             if not (isinstance(key, str) and key.startswith("metasoft_")):
                 continue
             if key not in cls.FIELDS:
-                raise ValueError(f"custom_params: unknown key {shown(key)}; allowed: {', '.join(cls.FIELDS)}")
+                raise RequestRefused(f"custom_params: unknown key {shown(key)}; allowed: {', '.join(cls.FIELDS)}")
             name = cls.FIELDS[key]
-            if value is None or not cls.field(name).metadata["check"](value):
-                raise ValueError(f"custom_params: {key}={shown(value)} is not allowed; allowed: {cls.allowed(name)}")
+            cls.check(name, value, f"custom_params: {key}={shown(value)}")
             options[name] = value
         if "ratio" in options and "budget" in options:
-            raise ValueError("custom_params: metasoft_ratio and metasoft_budget are both given; allowed: one of them")
+            raise RequestRefused(
+                "custom_params: metasoft_ratio and metasoft_budget are both given; allowed: one of them"
+            )
         return options
+
+    @classmethod
+    def beyond_prompt(cls, boundary: int, prompt_tokens: int) -> str:
+        """The refusal of a boundary that is not inside the prompt."""
+        return (
+            f"custom_params: metasoft_boundary={boundary} is not allowed; allowed: "
+            f"{cls.BOUNDARY.metadata['allowed']} ({prompt_tokens})"
+        )
+
+    @classmethod
+    def check(cls, name: str, value: Any, given: str) -> None:
+        """Raise RequestRefused, which starts with the words ``given``, unless ``value`` suits the setting."""
+        if value is None or not cls.field(name).metadata["check"](value):
+            raise RequestRefused(f"{given} is not allowed; allowed: {cls.allowed(name)}")

@@ -16,4 +16,6 @@ def register() -> None:
     frontend.extend_engine()
     cpu_platform.offer_attention_backend()
     if is_sglang_supported():
-        register_hooks(load_adapter().targets_of("frontend"), frontend, load_adapter().hooks)
+        from metasoft_patches import entry
+
+        register_hooks(load_adapter().targets_of("frontend"), frontend, entry, load_adapter().hooks)

@@ -152,6 +152,7 @@ def check_server(result, server_args) -> None:
     config: MetaSoftConfig | None = getattr(server_args, CARRIER, None)
     if config is None:
         return
+    from metasoft_patches import http
     from metasoft_patches.model import model_shape
 
     adapter = load_adapter()
@@ -163,6 +164,7 @@ def check_server(result, server_args) -> None:
 
         check_device(torch.device(settings.device))
     load_method(config.method).check(config, model_shape(model_config), settings.tp_size)
+    http.prepare(settings.tokenizer_worker_num)
 
 
 def configure_scheduler(result, server_args, *args, **kwargs) -> None:

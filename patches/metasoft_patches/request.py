@@ -7,8 +7,6 @@ from sglang_metasoft.config import NO_COMPRESSION, MetaSoftConfig
 from sglang_metasoft.policy import plan_span
 from sglang_metasoft.types import Bypass, Plan
 
-REPORT_FIELDS = ("metasoft_span_tokens", "metasoft_kv_tokens", "metasoft_reused_tokens", "metasoft_bypass")
-
 
 class RequestState:
     """Raw and compact form of a request's prompt, and what is planned for it.
@@ -159,7 +157,7 @@ class RequestState:
         self.boundary_tokens = self.named_boundary
 
     def report(self) -> dict:
-        """The flat ``meta_info`` fields of the response, some of :data:`REPORT_FIELDS`."""
+        """The flat ``meta_info`` fields of the response, some of ``headers.REPORT_FIELDS``."""
         chain_tokens = self.chain.tokens if self.chain else 0
         chain_slots = self.chain.slots if self.chain else 0
         fields = {

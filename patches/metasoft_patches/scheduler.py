@@ -44,10 +44,7 @@ class SchedulerHooks:
             if state.end_limit_tokens < prompt_tokens - self.config.window:
                 state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS
         if state.named_boundary is not None and state.named_boundary >= prompt_tokens and req.to_finish is None:
-            req.set_finish_with_abort(
-                f"custom_params: metasoft_boundary={state.named_boundary} is not allowed; "
-                f"allowed: {RequestOptions.BOUNDARY.metadata['allowed']} ({prompt_tokens})"
-            )
+            req.set_finish_with_abort(RequestOptions.beyond_prompt(state.named_boundary, prompt_tokens))
 
     def limit_length(self, original, scheduler, req):
         """AROUND ``Scheduler.init_req_max_new_tokens``: a prompt that is compressed in chunks may exceed the pool."""

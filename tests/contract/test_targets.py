@@ -65,7 +65,7 @@ def test_every_hook_exists(supported):
     folder = folder_of(supported)
     files = {
         "flags": [PATCHES / "frontend.py"],
-        "frontend": [PATCHES / "frontend.py", folder / "hooks.py"],
+        "frontend": [PATCHES / "frontend.py", PATCHES / "entry.py", folder / "hooks.py"],
         "scheduler": [PATCHES / "scheduler.py", folder / "hooks.py"],
     }
     defined = {

@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import requests
 
+from tests.server.endpoints import ask
 from tests.server.test_examples import run
 
 pytestmark = pytest.mark.server
@@ -18,7 +20,7 @@ def model_dir(full_model_dir):
 
 @pytest.fixture(scope="module")
 def server(start_server):
-    return start_server("--enable-metasoft")
+    return start_server("--enable-metasoft", "--metasoft-min-tokens", "256", "--enable-cache-report")
 
 
 def test_the_second_turn_of_a_chat_computes_only_new_tokens(server, document):
@@ -42,3 +44,73 @@ def test_the_streamed_example_says_what_its_chat_holds(server):
     pattern = r"(\d+) prompt tokens in (\d+) KV entries, (\d+) tokens from"
     tokens, entries, reused = map(int, re.search(pattern, out).groups())
     assert tokens > reused > 4000 and entries < tokens / 6, out
+
+
+# -- settings and outcome in headers, on every endpoint ----------------------------------------------------------------
+
+ENDPOINTS = ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses")
+every_endpoint = pytest.mark.parametrize("path", ENDPOINTS)
+streamed_or_not = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+
+@every_endpoint
+def test_headers_choose_the_compression_and_tell_it(server, document, path):
+    text = f"{path} " + document[20_000:22_500]
+    first = ask(server, path, text, stream=True, headers={"x-metasoft-ratio": "8"})
+    length, report = first.prompt_tokens, first.headers
+    assert first.status == 200 and first.cached_tokens < WINDOW
+    assert report == {"span-tokens": length - WINDOW, "kv-tokens": -(-length // 8), "reused-tokens": 0}
+    again = ask(server, path, text, stream=False, headers={"x-metasoft-ratio": "8"})
+    assert again.headers == report | {"reused-tokens": length - WINDOW}
+    assert again.prompt_tokens == length and length - WINDOW <= again.cached_tokens < length
+    if path == "/generate":
+        assert {name: again.meta[f"metasoft_{name.replace('-', '_')}"] for name in report} == again.headers
+    raw = ask(server, path, text, stream=True, headers={"x-metasoft-budget": "1"})
+    assert raw.headers["bypass"] == "opted_out" and raw.headers["kv-tokens"] == length
+    short = ask(server, path, f"Hello {path}", stream=False)
+    assert short.headers["bypass"] == "too_short" and short.headers["kv-tokens"] == short.prompt_tokens
+
+
+BAD = {
+    "value": ({"x-metasoft-ratio": "0.5"}, {}, "header x-metasoft-ratio: '0.5' is not allowed; allowed: a number >= 1"),
+    "name": ({"x-metasoft-window": "9"}, {}, "unknown header 'x-metasoft-window'; allowed: x-metasoft-ratio"),
+    "beyond the prompt": ({"x-metasoft-boundary": "9000"}, {}, "metasoft_boundary=9000 is not allowed; allowed: "),
+    "misplaced": ({}, {"metasoft_ratio": 4}, "'metasoft_ratio' is not read where the body has it; allowed: the header"),
+    "in metadata": (
+        {},
+        {"metadata": {"metasoft_x": 4}},
+        "'metasoft_x' is not read where the body has it; allowed: the",
+    ),
+    "conflict": ({"x-metasoft-ratio": "4"}, {"custom_params": {"metasoft_ratio": 8}}, "metasoft_ratio"),
+    "in custom_params": ({}, {"custom_params": {"metasoft_ratio": 0}}, "metasoft_ratio"),
+}
+
+
+@every_endpoint
+@streamed_or_not
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_setting_is_http_400_in_the_endpoints_own_shape(server, path, stream, what):
+    headers, fields, words = BAD[what]
+    answer = ask(server, path, "Hello", stream, headers, **fields)
+    error = answer.body if path in ENDPOINTS[1:3] else answer.body["error"]
+    assert answer.status == 400 and words in error["message"] and "allowed: " in error["message"]
+    assert not answer.headers
+    if path == "/v1/messages":
+        assert answer.body["type"] == "error" and error["type"] == "invalid_request_error"
+    elif path != "/generate":
+        assert error["code"] == 400
+
+
+def test_several_prompts_are_told_as_their_sum_and_not_in_a_stream(server, document):
+    texts = ["sum " + document[30_000:32_000], "short one"]
+    sampling = {"max_new_tokens": 2, "n": 2}
+    body = {"text": texts, "sampling_params": sampling}
+    response = requests.post(f"{server.url}/generate", json=body, headers={"x-metasoft-ratio": "4"}, timeout=300)
+    metas = [each["meta_info"] for each in response.json()]
+    assert len(metas) == 4
+    for field in ("span_tokens", "kv_tokens"):
+        header = f"x-metasoft-{field.replace('_', '-')}"
+        assert int(response.headers[header]) == sum(meta[f"metasoft_{field}"] for meta in metas[::2])
+    assert response.headers["x-metasoft-bypass"] == "too_short"
+    response = requests.post(f"{server.url}/generate", json=body | {"stream": True}, timeout=300)
+    assert response.status_code == 200 and not [name for name in response.headers if "metasoft" in name.lower()]

@@ -14,6 +14,22 @@ TARGETS = (
     ),
     Target(
         "frontend",
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        "around",
+        "enter",
+        ("self", "obj", "request"),
+        "sglang.srt.entrypoints.http_server:serve_generate_request",
+    ),
+    Target(
+        "frontend",
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "after",
+        "check_prompt",
+        ("self", "obj", "input_ids"),
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager._tokenize_one_request",
+    ),
+    Target(
+        "frontend",
         "sglang.srt.sampling.sampling_params.SamplingParams.verify",
         "after",
         "check_request",

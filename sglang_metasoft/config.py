@@ -120,9 +120,10 @@ class MetaSoftConfig:
     path: str | None = _setting(
         None,
         flag="--metasoft-path",
-        allowed="a directory or a hub id",
+        allowed="a directory or a hub id (name or name@revision)",
         check=_or_none(_is_text),
-        help="Trained compressor: a directory or hub id with config.json and model.safetensors. "
+        help="Trained compressor: a directory or hub id with config.json and model.safetensors; name@revision pins a "
+        "branch, tag or commit of the hub. "
         "Without it the soft tokens are untrained but deterministic.",
     )
     keep_raw: bool = _setting(

@@ -5,6 +5,7 @@ table alone, and composes each soft token from a few rows. At inference nothing 
 the same soft tokens, on every rank.
 """
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from sglang_metasoft.config import shown
@@ -26,6 +27,7 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 LIBRARY_ROWS = 512
 MAX_SIZE = 65536
+MAX_HEADER_BYTES = 2**20  # of model.safetensors
 BUILT_IN = Path(__file__).parent / "compressors"
 TAIL_TOKENS = 64  # last tokens of a prompt whose mean embedding the selector reads
 CHECK_ROWS = 32
@@ -171,29 +173,72 @@ class SoftTokens(nn.Module):
         with torch.device("meta"):  # sizes cost no memory until the weights are known to have them
             module = cls(**config["sizes"])
         try:
-            module.load_state_dict(read_weights(folder / WEIGHTS_NAME, module.state_dict()), assign=True)
+            module.load_state_dict(read_weights(folder / WEIGHTS_NAME), assign=True)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"metasoft path: {path!r}: {WEIGHTS_NAME} cannot be read: {error}") from None
         check_embedding(path, config, module.embedding_check, shape, embed, device)
         return module.seal(device)
 
 
-def read_weights(file: Path, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of ``file`` as float32 copies; missing and unexpected names are left to ``load_state_dict``.
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of ``file``, whose header was checked, as float32 copies.
 
     Raises:
-        ValueError: a tensor is not floating point, not finite, or of another shape than the expected one.
+        ValueError: a tensor is not finite.
     """
     weights = {}
-    for name, tensor in load_file(file).items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} has dtype {tensor.dtype}; allowed: floating point")
-        if name in expected and tensor.shape != expected[name].shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}; allowed: {list(expected[name].shape)}")
-        weights[name] = tensor.to(torch.float32, copy=True)
-        if not weights[name].isfinite().all():
-            raise ValueError(f"{name} has values that are not finite")
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():
+            weights[name] = tensors.get_tensor(name).to(torch.float32, copy=True)
+            if not weights[name].isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
     return weights
+
+
+def read_header(file: Path) -> dict[str, dict]:
+    """The header of a safetensors file: tensor names, each with its ``dtype`` and ``shape``. Nothing else is read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    with file.open("rb") as data:
+        size = int.from_bytes(data.read(8), "little")
+        if not 2 <= size <= MAX_HEADER_BYTES:
+            raise ValueError(f"its header has {size} bytes; allowed: 2 to {MAX_HEADER_BYTES}")
+        try:
+            header = json.loads(data.read(size))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"its header is not JSON ({error})") from None
+    if not isinstance(header, dict) or not all(isinstance(entry, dict) for entry in header.values()):
+        raise ValueError(f"its header is {shown(header)}; allowed: an object of objects")
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+
+def check_header(header: dict[str, dict], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Compare names, shapes and types of a file's tensors with what they should be.
+
+    Raises:
+        ValueError: they differ, or there are others.
+    """
+    if missing := shapes.keys() - header.keys():
+        raise ValueError(f"lacks {', '.join(sorted(missing))}")
+    if others := header.keys() - shapes.keys():
+        raise ValueError(f"has {shown(min(others))}, which belongs to no compressor; allowed: {', '.join(shapes)}")
+    for name, shape in shapes.items():
+        dtype, found = header[name].get("dtype"), header[name].get("shape")
+        if not str(dtype).startswith(("F", "BF")):
+            raise ValueError(f"{name} has dtype {shown(dtype)}; allowed: floating point")
+        if found != list(shape):
+            raise ValueError(f"{name} has shape {shown(found)}; allowed: {list(shape)}")
+
+
+def tensor_shapes(method: str, sizes: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a compressor with these sizes, by name."""
+    if method == "judge_q":
+        width = sizes["hidden_size"]
+        return {"static_tokens": (sizes["count"], width), "embedding_check": (CHECK_ROWS, width)}
+    with torch.device("meta"):  # sizes cost no memory until the weights are known to have them
+        return {name: tuple(tensor.shape) for name, tensor in SoftTokens(**sizes).state_dict().items()}
 
 
 def check_rows(shape: ModelShape, embed: Embed, device: torch.device) -> torch.Tensor:
@@ -217,7 +262,7 @@ def check_embedding(
 def resolve_folder(path: str) -> Path:
     """The directory of a compressor: the path itself, one that the package ships, or a hub id, downloaded.
 
-    Of the hub, the two known files only.
+    Of the hub, the two known files only; a branch, tag or commit may follow the id, as ``name@revision``.
 
     Raises:
         ValueError: none of them; the shipped ones are named.
@@ -229,17 +274,26 @@ def resolve_folder(path: str) -> Path:
         return BUILT_IN / path
     from huggingface_hub import snapshot_download
 
+    name, at, revision = path.partition("@")
     try:
-        return Path(snapshot_download(path, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+        if at and not revision:
+            raise ValueError("nothing follows the @")
+        wanted = {"revision": revision or None, "allow_patterns": [CONFIG_NAME, WEIGHTS_NAME]}
+        try:
+            return Path(snapshot_download(name, **wanted))
+        except OSError:  # without a network, what was downloaded once will do
+            with contextlib.suppress(OSError):
+                return Path(snapshot_download(name, **wanted, local_files_only=True))
+            raise
     except Exception as error:
         raise ValueError(
             f"metasoft path: {path!r} is no directory, not shipped ({', '.join(built_in) or 'none is'}), "
-            f"and could not be downloaded as a hub id: {' '.join(str(error).split())}"
+            f"and could not be downloaded as a hub id (name or name@revision): {' '.join(str(error).split())}"
         ) from None
 
 
 def check_compressor(path: str, shape: ModelShape, folder: Path | None = None, method: str = "metasoft") -> dict:
-    """Read a compressor's configuration and check it against the served model, without loading weights.
+    """Check a compressor's configuration, and the header of its weights, against the served model; reads no weights.
 
     Args:
         method: what it has to be trained for; a configuration that names none is of ``metasoft``.
@@ -252,10 +306,8 @@ def check_compressor(path: str, shape: ModelShape, folder: Path | None = None, m
     if missing:
         raise ValueError(f"metasoft path: {path!r} lacks {' and '.join(missing)}")
     try:
-        # Reads the header, and compares what it promises with the file's length.
-        with safe_open(folder / WEIGHTS_NAME, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
+        header = read_header(folder / WEIGHTS_NAME)
+    except (OSError, ValueError) as error:
         raise ValueError(f"metasoft path: {path!r}: {WEIGHTS_NAME} cannot be read: {error}") from None
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
@@ -286,6 +338,12 @@ def check_compressor(path: str, shape: ModelShape, folder: Path | None = None, m
             f"metasoft path: {path!r} was trained for {trained_name} and does not fit the served model "
             f"{shape.name!r}: {details}"
         )
+    try:
+        check_header(header, tensor_shapes(method, sizes))
+        with safe_open(folder / WEIGHTS_NAME, framework="pt"):
+            pass  # compares what the header promises with the file's length
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"metasoft path: {path!r}: {WEIGHTS_NAME} cannot be read: {error}") from None
     return config
 
 

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from sglang_metasoft.score.base import Embed
 from sglang_metasoft.soft_tokens import (
-    CHECK_ROWS,
     CONFIG_NAME,
     FORMAT,
     WEIGHTS_NAME,
@@ -75,15 +74,8 @@ class StaticTokens:
         """
         folder = resolve_folder(path)
         config = check_compressor(path, shape, folder, method=METHOD)
-        width = shape.hidden_size
-        expected = {
-            "static_tokens": torch.empty(config["sizes"]["count"], width, device="meta"),
-            "embedding_check": torch.empty(CHECK_ROWS, width, device="meta"),
-        }
         try:
-            weights = read_weights(folder / WEIGHTS_NAME, expected)
-            if missing := expected.keys() - weights.keys():
-                raise ValueError(f"lacks {' and '.join(sorted(missing))}")
+            weights = read_weights(folder / WEIGHTS_NAME)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"metasoft path: {path!r}: {WEIGHTS_NAME} cannot be read: {error}") from None
         check_embedding(path, config, weights["embedding_check"], shape, embed, device)

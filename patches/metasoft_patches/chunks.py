@@ -13,6 +13,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from metasoft_patches.request import RequestState
 from sglang_metasoft.adapter import Adapter
+from sglang_metasoft.config import shown
 from sglang_metasoft.types import Bypass
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class ChunkGuard:
             adder.rem_chunk_tokens = 0
             return req
         if not is_alone or state.restarts < MAX_RESTARTS_ALONE:
-            logger.warning("MetaSoft: request %s starts again: its next chunk does not fit the KV pool", req.rid)
+            logger.warning("MetaSoft: request %s starts again: its next chunk does not fit the KV pool", shown(req.rid))
             state.restarts += 1
             self._start_again(req)
             return None
@@ -70,7 +71,7 @@ class ChunkGuard:
         reason, computed = req.metasoft.failure, self.adapter.prefix_len(req)
         req.metasoft.skip(reason or Bypass.NO_FREE_SLOTS)  # what is left of its prompt is no longer the one planned for
         why = f" and could not be compressed ({reason.value})" if reason else ""
-        logger.error("MetaSoft: request %s ends at token %d: the KV pool is full%s", req.rid, computed, why)
+        logger.error("MetaSoft: request %s ends at token %d: the KV pool is full%s", shown(req.rid), computed, why)
         message = f"The prompt is longer than the free KV pool{why}. Try again."
         req.to_finish = FINISH_ABORT(message, HTTPStatus.SERVICE_UNAVAILABLE, "ServiceUnavailableError")
         req.origin_input_ids = req.origin_input_ids[: computed + 1]

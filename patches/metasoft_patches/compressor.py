@@ -14,7 +14,7 @@ from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.chains import Chain, Found, make_virtual_ids
 from sglang_metasoft.commit import Committer
-from sglang_metasoft.config import MetaSoftConfig, settings_of
+from sglang_metasoft.config import MetaSoftConfig, settings_of, shown
 from sglang_metasoft.types import Bypass, Plan
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,9 @@ class SchedulerCompressor:
         shrink = [0] * len(batch.reqs)
         for (position, req, plan, slots), sound in zip(reserved, is_sound, strict=True):
             if not sound:
-                logger.error("MetaSoft: compression failed, numbers are not finite; request %s stays as it is", req.rid)
+                logger.error(
+                    "MetaSoft: compression failed, numbers are not finite; request %s stays as it is", shown(req.rid)
+                )
                 self.committer.give_back(slots)
                 self._skip(req, Bypass.FAULT, done)
                 self._count_fault("not_finite")

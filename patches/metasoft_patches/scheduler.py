@@ -10,7 +10,7 @@ from metasoft_patches.request import RequestState
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.chains import FIRST_VIRTUAL_ID
-from sglang_metasoft.config import MetaSoftConfig, RequestOptions
+from sglang_metasoft.config import MetaSoftConfig, RequestOptions, shown
 from sglang_metasoft.types import Bypass
 
 
@@ -99,7 +99,7 @@ class SchedulerHooks:
         for req in batch.reqs:
             ids, start = req.full_untruncated_fill_ids, self.adapter.prefix_len(req)
             if start < len(ids) and ids[start] >= FIRST_VIRTUAL_ID:
-                raise RuntimeError(f"metasoft: request {req.rid} would compute a virtual token at {start}")
+                raise RuntimeError(f"metasoft: request {shown(req.rid)} would compute a virtual token at {start}")
         result = original(batch)
         for req in batch.reqs:
             state: RequestState | None = getattr(req, "metasoft", None)

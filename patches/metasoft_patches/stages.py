@@ -1,5 +1,6 @@
 """Runs the stages of a compression for the requests of a batch: from their plans to entries in new slots."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
 from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Prompt
+
+RID_CHARS = 150  # of a request's id in a trace's file name
 
 
 class StageRunner:
@@ -164,8 +167,13 @@ class StageRunner:
         folder.mkdir(parents=True, exist_ok=True)
         kept, keys, values = (torch.stack(tensors) for tensors in zip(*layers, strict=True))
         tensors = {"kept": kept, "key": keys, "value": values, "plan": torch.tensor(plan)}
-        name = re.sub(r"[^A-Za-z0-9_-]", "_", req.rid)  # a client may choose its request's id
-        save_file(tensors, folder / f"{name}-{plan.start_slots}-rank{self.rank}.safetensors")
+        save_file(tensors, folder / f"{file_stem(req.rid)}-{plan.start_slots}-rank{self.rank}.safetensors")
+
+
+def file_stem(rid: str) -> str:
+    """A file name's start for a request's id, which a client may choose: another one for every id, and not too long."""
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", rid)[:RID_CHARS]
+    return stem if stem == rid else f"{stem}.{hashlib.sha256(rid.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 
 def read_entries(pool: LayerPool, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

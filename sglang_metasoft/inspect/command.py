@@ -3,8 +3,8 @@
 import argparse
 import math
 import os
+import secrets
 import sys
-import tempfile
 from pathlib import Path
 
 from sglang_metasoft.config import METHODS, MetaSoftConfig, read_config_json, shown
@@ -34,7 +34,6 @@ def main(argv: list[str]) -> int:
     try:
         draft.write(_make_page(args, config, ratios))
         draft.close()
-        os.chmod(draft.name, 0o644)
         os.replace(draft.name, args.output)
     finally:
         draft.close()
@@ -82,7 +81,8 @@ def _open_draft(output: Path):
     if output.is_dir():
         raise ValueError(f"--output: {shown(str(output))} is a folder; allowed: a file name")
     try:
-        return tempfile.NamedTemporaryFile("wb", dir=output.parent, prefix=f".{output.name}.", delete=False)
+        # Not of tempfile's, whose mode would not be the one that the umask gives to any other file.
+        return output.with_name(f".{output.name}.{secrets.token_hex(4)}").open("xb")
     except OSError as error:
         raise ValueError(f"--output: {shown(str(output))} cannot be written: {error}") from None
 

@@ -168,6 +168,51 @@ def check_damage(damage):
     assert soft(embed, ids, ids[:4]).isfinite().all()
 
 
+def test_a_tensor_that_does_not_belong_there_is_never_read(tmp_path):
+    """Half a terabyte of them, in a file with a hole: who reads it does not come back."""
+    data = SAVED["model.safetensors"]
+    header = json.loads(data[8:HEADER_END])
+    end = len(data) - HEADER_END
+    header["stray"] = {"dtype": "F32", "shape": [2**37], "data_offsets": [end, end + 2**39]}
+    text = json.dumps(header).encode()
+    write_folder(tmp_path, SAVED)
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text + data[HEADER_END:])
+        file.truncate(8 + len(text) + end + 2**39)
+    for refuse in (check_compressor, lambda path, shape: SoftTokens.load(path, shape, embed, CPU)):
+        with pytest.raises(ValueError, match="model.safetensors cannot be read: has 'stray', which belongs to no comp"):
+            refuse(str(tmp_path), SHAPE)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A hub cache with two revisions of one compressor, the later one damaged, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--me--mine"
+    (repository / "refs").mkdir(parents=True)
+    for reference, letter in (("v1", "a"), ("main", "b")):
+        commit = letter * 40
+        (repository / "refs" / reference).write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        write_folder(repository / "snapshots" / commit, SAVED if reference == "v1" else SAVED | {"config.json": b"{"})
+
+
+@pytest.mark.parametrize("revision", ["v1", "a" * 40])
+def test_a_hub_id_may_name_its_revision(hub_cache, revision):
+    assert check_compressor(f"me/mine@{revision}", SHAPE) == CONFIG
+    with pytest.raises(ValueError, match="'me/mine': config.json is no compressor configuration"):
+        check_compressor("me/mine", SHAPE)
+
+
+@pytest.mark.parametrize("path", ["me/mine@", "me/mine@v9", "me/mine@v1@v1", "@v1"])
+def test_a_revision_that_does_not_exist_is_refused(hub_cache, path):
+    with pytest.raises(ValueError, match=r"could not be downloaded as a hub id \(name or name@revision\): "):
+        check_compressor(path, SHAPE)
+
+
 @pytest.mark.parametrize("path", ["x" * 300, "/tmp/" + "x" * 5000, "a\0b", __file__, "https://a/b", "a/b/c", "..."])
 def test_a_path_that_cannot_be_a_compressor_is_refused(path):
     with pytest.raises(ValueError, match="metasoft path: .* is no directory, not shipped .* could not be downloaded"):

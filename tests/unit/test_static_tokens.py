@@ -80,7 +80,7 @@ def test_another_size_is_refused(folder):
     [
         ({"static_tokens": torch.zeros(7, 48)}, r"static_tokens has shape \[7, 48\]; allowed: \[8, 48\]"),
         ({"static_tokens": torch.full((8, 48), torch.nan)}, "static_tokens has values that are not finite"),
-        ({"static_tokens": torch.zeros(8, 48, dtype=torch.int32)}, "static_tokens has dtype torch.int32"),
+        ({"static_tokens": torch.zeros(8, 48, dtype=torch.int32)}, "static_tokens has dtype .I32."),
         ({"static_tokens": None}, "lacks static_tokens"),
         ({"embedding_check": None}, "lacks embedding_check"),
     ],

@@ -4,6 +4,7 @@ The start-up check and the table in docs/support.md are both made from :data:`RE
 """
 
 import os
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -83,6 +84,12 @@ REFUSED = (
         lambda args, model: args.enable_unified_cache_external_linker,
         "it stores KV under raw token ids",
     ),
+    Refusal(
+        "KV events",
+        "--kv-events-config",
+        lambda args, model: bool(args.kv_events_config),
+        "routers would be told of virtual ids, which no prompt matches, and of raw blocks that go",
+    ),
     Refusal("HiSparse", "--enable-hisparse", lambda args, model: args.enable_hisparse, "it manages the pool itself"),
     Refusal(
         "another radix cache",
@@ -150,6 +157,12 @@ REFUSED = (
         "entries cannot be rewritten one by one",
     ),
     Refusal(
+        "accelerators other than GPUs",
+        "--device",
+        lambda args, model: str(args.device or "cpu").split(":")[0] not in ("cuda", "cpu"),
+        "nothing of it has run there; allowed: cuda, cpu",
+    ),
+    Refusal(
         "MLA and state-space models",
         "--model-path",
         lambda args, model: not _arch_is_plain(model),
@@ -182,23 +195,34 @@ REFUSED = (
 )
 
 
+def tested_version(installed: str) -> str | None:
+    """The supported version that ``installed`` is or was made from: ``.postN`` and ``+local`` builds of it count."""
+    match = re.fullmatch(r"(\d+\.\d+\.\d+)(\.post\d+)?(\+[A-Za-z0-9.]+)?", installed)
+    return match[1] if match and match[1] in SUPPORTED_SGLANG else None
+
+
 def is_sglang_supported() -> bool:
-    """Whether the installed SGLang is one of the supported versions."""
+    """Whether the installed SGLang is one of the supported versions, or a build of one."""
+    return tested_version(version("sglang")) is not None
+
+
+def is_sglang_tested() -> bool:
+    """Whether the installed SGLang is exactly one of the supported versions."""
     return version("sglang") in SUPPORTED_SGLANG
 
 
 def check_sglang_version() -> str:
-    """The installed SGLang.
+    """The supported version that the installed SGLang is or was made from.
 
     Raises:
-        ValueError: it is none of the supported versions; names them.
+        ValueError: it is none of them; names them.
     """
-    installed = version("sglang")
-    if not is_sglang_supported():
+    found = tested_version(version("sglang"))
+    if found is None:
         raise ValueError(
-            f"--enable-metasoft: SGLang {installed} is not supported; supported: {', '.join(SUPPORTED_SGLANG)}"
+            f"--enable-metasoft: SGLang {version('sglang')} is not supported; supported: {', '.join(SUPPORTED_SGLANG)}"
         )
-    return installed
+    return found
 
 
 def check_features(args: Any, model: Any) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 
-class Bypass(str, enum.Enum):
+class Bypass(enum.StrEnum):
     """Why a request is served uncompressed; the value is what ``metasoft_bypass`` reports, ``why`` its meaning."""
 
     why: str

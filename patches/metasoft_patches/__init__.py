@@ -4,18 +4,22 @@
 def register() -> None:
     """Called by SGLang in every process. Adds flags and checks; the scheduler stays as it is without the flag.
 
-    In a version that is not supported only the flags are added: each of them then says which versions are.
+    In a version that is not supported only the flags are added: each of them then says which versions are. So it is in
+    a build of a supported version whose source does not fit; there they say what does not.
     """
     from metasoft_patches import cpu_platform, frontend
     from metasoft_patches.adapters import load_adapter
+    from metasoft_patches.contract import broken_targets
     from metasoft_patches.install import register_hooks
     from metasoft_patches.targets import FLAG_TARGETS
-    from sglang_metasoft.compat import is_sglang_supported
+    from sglang_metasoft.compat import is_sglang_supported, is_sglang_tested
 
     register_hooks(FLAG_TARGETS, frontend)
     frontend.extend_engine()
     cpu_platform.offer_attention_backend()
     if is_sglang_supported():
-        from metasoft_patches import entry
+        targets = load_adapter().targets_of("frontend")
+        if is_sglang_tested() or not broken_targets(targets):
+            from metasoft_patches import entry
 
-        register_hooks(load_adapter().targets_of("frontend"), frontend, entry, load_adapter().hooks)
+            register_hooks(targets, frontend, entry, load_adapter().hooks)

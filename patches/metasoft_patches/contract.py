@@ -2,12 +2,17 @@
 
 import ast
 import functools
+import importlib
 import importlib.util
+import logging
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 from metasoft_patches.targets import Target
+from sglang_metasoft import compat
+
+logger = logging.getLogger(__name__)
 
 
 class ContractError(ValueError):
@@ -68,6 +73,51 @@ def check_target(target: Target) -> None:
     found = parameters(find(*split(target.path)))
     if found != target.parameters:
         raise ContractError(f"{target.path} takes {found}, the hook {target.hook} expects {target.parameters}")
+
+
+def check_used(path: str, expected: tuple[str, ...]) -> None:
+    """Raise ContractError unless the function ``module:name`` takes the expected parameters."""
+    found = parameters(find(*path.split(":")))
+    if found != expected:
+        raise ContractError(f"{path} takes {found}, expected {expected}")
+
+
+def check_pinned(path: str, fragments: tuple[str, ...]) -> None:
+    """Raise ContractError unless the function ``module:name`` has these pieces of code, in this order."""
+    source = ast.unparse(find(*path.split(":")))
+    for fragment in fragments:
+        if fragment not in source:
+            raise ContractError(f"{path} no longer has, in this order: {fragments}")
+        source = source.split(fragment, 1)[1]
+
+
+@functools.cache
+def check_build() -> None:
+    """Compare all that a table knows with the source of a build that is not exactly a tested version, and say so.
+
+    Raises:
+        ValueError: something does not fit; all of it is named.
+    """
+    if compat.is_sglang_tested():
+        return
+    tested, installed = compat.check_sglang_version(), compat.version("sglang")
+    table = importlib.import_module(f"metasoft_patches.sglang_{tested.replace('.', '_')}.targets")
+    checks = [(check_target, (target,)) for target in table.TARGETS]
+    checks += [(check_used, used) for used in table.USED] + [(check_pinned, pinned) for pinned in table.PINNED]
+    broken = []
+    for check, arguments in checks:
+        try:
+            check(*arguments)
+        except ContractError as error:
+            broken.append(str(error))
+    if broken:
+        raise ValueError(
+            f"--enable-metasoft: SGLang {installed} does not fit, though it is a build of {tested}: {'; '.join(broken)}"
+        )
+    logger.warning(
+        "MetaSoft: SGLang %s is a build of %s, which is the tested one; its source fits in all %d places.",
+        installed, tested, len(checks),
+    )  # fmt: skip
 
 
 def broken_targets(targets: Iterable[Target]) -> list[str]:

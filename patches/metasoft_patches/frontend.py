@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 import functools
+import logging
 import typing
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from metasoft_patches.adapters import load_adapter
+from metasoft_patches.contract import check_build
 from metasoft_patches.install import register_hooks, verify_hooks
 from sglang_metasoft import compat
 from sglang_metasoft.config import (
@@ -22,6 +24,8 @@ from sglang_metasoft.config import (
 )
 from sglang_metasoft.radix import BACKEND_NAME, make_factory
 from sglang_metasoft.score import load_method
+
+logger = logging.getLogger(__name__)
 
 ENABLE_FLAG = "--enable-metasoft"
 PREFIX = "metasoft_"
@@ -113,6 +117,7 @@ def _make_config(enabled: bool, values: dict, from_json: dict) -> MetaSoftConfig
     if twice:
         raise ValueError(f"metasoft {', '.join(twice)} given both as a flag and in --metasoft-config")
     compat.check_sglang_version()
+    check_build()
     return MetaSoftConfig(**(from_json | values))
 
 
@@ -157,6 +162,8 @@ def check_server(result, server_args) -> None:
 
     adapter = load_adapter()
     verify_hooks(adapter.targets_of("flags", "frontend"))
+    if torch.version.hip is not None:
+        logger.warning("MetaSoft: nothing of it has been tested on ROCm; compare its answers before you rely on them.")
     settings, model_config = adapter.settings(server_args)
     compat.check_features(settings, model_config)
     if config.kernels == "triton":

@@ -13,7 +13,7 @@ from metasoft_patches.adapters import folder_of
 from metasoft_patches.contract import broken_targets
 from sglang_metasoft import compat
 
-PYTHONS = ((3, 10), (3, 13))
+PYTHONS = ((3, 11), (3, 13))  # as SGLang 0.5.23 needs it
 PLUGINS = {"sglang.srt.plugins": "metasoft", "sglang.srt.platforms": "metasoft_cpu"}
 
 
@@ -45,10 +45,11 @@ def sglang() -> Check:
     installed = _version("sglang")
     if installed is None:
         return Check("sglang", "problem", "not installed", wanted)
-    if installed not in compat.SUPPORTED_SGLANG:
+    tested = compat.tested_version(installed)
+    if tested is None:
         supported = ", ".join(compat.SUPPORTED_SGLANG)
         return Check("sglang", "problem", f"{installed}; supported: {supported}", wanted)
-    return Check("sglang", "ok", installed)
+    return Check("sglang", "ok", installed if installed == tested else f"{installed}, a build of {tested}")
 
 
 def plugin() -> Check:
@@ -70,7 +71,8 @@ def hooks() -> Check:
     if sglang().status != "ok":
         return Check("hooks", "skipped", "no adapter for this SGLang")
     installed = importlib.metadata.version("sglang")
-    targets = importlib.import_module(f"metasoft_patches.{folder_of(installed)}.targets").TARGETS
+    folder = folder_of(compat.tested_version(installed))
+    targets = importlib.import_module(f"metasoft_patches.{folder}.targets").TARGETS
     broken = broken_targets(targets)
     if broken:
         remedy = f"SGLang's files were changed: pip install --force-reinstall --no-deps sglang=={installed}"
@@ -81,9 +83,14 @@ def hooks() -> Check:
 def accelerator() -> Check:
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
+        if device == "cuda" and torch.version.hip is not None:
+            found = f"{torch.cuda.get_device_name()}: nothing has been tested on ROCm"
+            return Check(
+                "accelerator", "problem", found, "use an NVIDIA GPU, or compare answers before relying on them"
+            )
         if device == "cuda":
             return Check("accelerator", "ok", f"{torch.cuda.get_device_name()} ({torch.cuda.device_count()} in all)")
-        found = f"{device}: nothing has been tested there"
+        found = f"{device}: nothing has been tested there, and the server refuses it"
         return Check("accelerator", "problem", found, "use an NVIDIA GPU, or no accelerator")
     if os.getenv("SGLANG_USE_CPU_ENGINE", "0") == "1":
         found = "none, and SGLANG_USE_CPU_ENGINE=1 asks for SGLang's own CPU engine: not tested"

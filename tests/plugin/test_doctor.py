@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from metasoft_patches import contract, machine_checks
 from metasoft_patches.doctor import main
 
@@ -62,6 +63,15 @@ def test_another_sglang_is_a_problem(capsys, monkeypatch, version):
     assert (version or "not installed") in checks["sglang"]["found"]
 
 
+@pytest.mark.parametrize("ending", [".post1", "+cu130", ".post2+cu130"])
+def test_a_build_of_a_supported_sglang_is_sound(capsys, monkeypatch, ending):
+    tested = importlib.metadata.version("sglang")
+    pretend(monkeypatch, "sglang", tested + ending)
+    _, checks, _ = report(capsys)
+    assert checks["sglang"]["status"] == checks["hooks"]["status"] == "ok"
+    assert checks["sglang"]["found"] == f"{tested}{ending}, a build of {tested}"
+
+
 def test_a_hook_whose_target_moved_is_named(capsys, monkeypatch):
     real = contract.find
 
@@ -95,6 +105,15 @@ def test_a_gpu_without_its_libraries(capsys, monkeypatch):
     assert machine_checks.library("triton").status == "ok"
 
 
+def test_rocm_is_a_problem(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "AMD Instinct MI300X")
+    monkeypatch.setattr("torch.version.hip", "7.0")
+    check = machine_checks.accelerator()
+    assert check.status == "problem" and check.found == "AMD Instinct MI300X: nothing has been tested on ROCm"
+
+
 def test_sglangs_own_cpu_engine_is_a_problem(monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
     assert machine_checks.accelerator().status == "ok"
@@ -102,7 +121,10 @@ def test_sglangs_own_cpu_engine_is_a_problem(monkeypatch):
     assert machine_checks.accelerator().remedy.startswith("unset SGLANG_USE_CPU_ENGINE")
 
 
-@pytest.mark.parametrize(("version", "status"), [((3, 9, 1), "problem"), ((3, 10, 0), "ok"), ((3, 14, 0), "problem")])
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [((3, 9, 1), "problem"), ((3, 10, 9), "problem"), ((3, 11, 0), "ok"), ((3, 14, 0), "problem")],
+)
 def test_python_versions(monkeypatch, version, status):
     monkeypatch.setattr(sys, "version_info", version)
     assert machine_checks.python().status == status

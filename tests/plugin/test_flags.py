@@ -2,9 +2,12 @@
 
 import json
 import pickle
+import re
+from importlib.metadata import version
 
 import pytest
 import sglang.srt.plugins as plugins
+from metasoft_patches import contract, frontend
 from metasoft_patches.adapters import load_adapter
 
 from sglang_metasoft import compat
@@ -176,7 +179,7 @@ REFUSED_VALUES = {
     "enable_unified_cache_external_linker": True, "enable_hisparse": True, "radix_cache_backend": "flexkv",
     "enable_session_radix_cache": True, "kv_canary": "log", "dllm_algorithm": "x", "enable_mis": True,
     "enable_unified_memory": True, "smg_grpc_mode": True, "grpc_mode": True, "use_ray": True,
-    "kv_cache_dtype": "fp4_e2m1",
+    "kv_cache_dtype": "fp4_e2m1", "kv_events_config": '{"publisher": "zmq"}', "device": "xpu",
 }  # fmt: skip
 
 
@@ -207,6 +210,51 @@ def test_another_sglang_version_is_refused_by_name(parse, monkeypatch):
     monkeypatch.setattr(compat, "version", lambda name: "0.6.0")
     with pytest.raises(ValueError, match="SGLang 0.6.0 is not supported; supported: 0.5.23, 0.5.17"):
         parse("--enable-metasoft")
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the parser and the checks warn of (SGLang takes the root logger's handlers away)."""
+    lines = []
+    for logger in (contract.logger, frontend.logger):
+        monkeypatch.setattr(logger, "warning", lambda text, *values: lines.append(text % values))
+    return lines
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Pretend that a build of the installed version is there."""
+    contract.check_build.cache_clear()
+    monkeypatch.setattr(compat, "version", lambda name: f"{version(name)}.post1")
+    yield
+    contract.check_build.cache_clear()
+
+
+def test_a_build_of_a_supported_sglang_starts_if_its_source_fits(parse, build, warnings, monkeypatch):
+    assert getattr(parse("--enable-metasoft"), CARRIER) is not None
+    words = f"SGLang {version('sglang')}.post1 is a build of {version('sglang')}, which is the tested one"
+    assert len(warnings) == 1 and words in warnings[0]
+    contract.check_build.cache_clear()
+    real = contract.find
+    moved = ("Scheduler.run_batch", "DecodeCudaGraphRunner._copy_replay_inputs")
+    monkeypatch.setattr(contract, "find", lambda module, name: real(module, name + "x" * (name in moved)))
+    words = "post1 does not fit, though it is a build of .*run_batchx.*_copy_replay_inputsx"
+    with pytest.raises(ValueError, match=words):
+        parse("--enable-metasoft")
+    assert getattr(parse(), CARRIER) is None
+
+
+@pytest.mark.parametrize("other", ["0.5.24", "0.5.23rc1", "0.5.23.dev3", "0.5.22.post1", "0.5.230", "0.5.23-post1"])
+def test_what_is_no_build_of_a_supported_sglang_is_refused(parse, monkeypatch, other):
+    monkeypatch.setattr(compat, "version", lambda name: other)
+    with pytest.raises(ValueError, match=f"SGLang {re.escape(other)} is not supported; supported: 0.5.23, 0.5.17"):
+        parse("--enable-metasoft")
+
+
+def test_a_server_on_rocm_says_that_it_is_untested(parse, monkeypatch, warnings):
+    monkeypatch.setattr("torch.version.hip", "7.0")
+    check(parse("--enable-metasoft"))
+    assert len(warnings) == 1 and "nothing of it has been tested on ROCm" in warnings[0]
 
 
 def test_a_hook_that_did_not_take_stops_the_start(parse, monkeypatch):

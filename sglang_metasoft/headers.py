@@ -139,11 +139,11 @@ class _Held:
         if goes_on and is_open and len(self.messages) < MAX_HELD:
             return
         exchange.is_sent = True
-        start = self.messages[0]
-        if exchange.refusal is not None and start.get("status", 400) < 400:
-            self.is_refused = True  # SGLang tells it as an event of a stream that it has begun
+        if exchange.refusal is not None:
+            self.is_refused = True  # SGLang would tell it as an event of a stream that has begun, or in another shape
             await send_refusal(self.path, exchange.refusal, self.send)
             return
+        start = self.messages[0]
         if "headers" in start:
             self.messages[0] = {**start, "headers": [*start["headers"], *exchange.headers]}
         for held in self.messages:

@@ -1,5 +1,6 @@
 """The five endpoints that generate: what a prompt looks like in each, how each answers, streams and counts."""
 
+import functools
 import json
 from typing import NamedTuple
 
@@ -17,6 +18,12 @@ class Answer(NamedTuple):
     meta: dict | None  # of /generate
 
 
+@functools.cache
+def served_name(url: str) -> str:
+    """Which the Responses API insists on."""
+    return requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
+
+
 def ask(server, path: str, text: str, stream: bool, headers: dict | None = None, **fields) -> Answer:
     """One request of few output tokens for a prompt of one user message, or of plain text."""
     chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 3, "model": "default"}
@@ -25,7 +32,7 @@ def ask(server, path: str, text: str, stream: bool, headers: dict | None = None,
         "/v1/completions": {"model": "default", "prompt": text, "max_tokens": 3},
         "/v1/chat/completions": chat,
         "/v1/messages": chat,
-        "/v1/responses": {"input": text, "max_output_tokens": 16},
+        "/v1/responses": {"input": text, "max_output_tokens": 16, "model": served_name(server.url)},
     }[path]
     body = body | {"stream": stream} | fields
     if stream and path in ("/v1/completions", "/v1/chat/completions"):
@@ -58,8 +65,8 @@ def read(response: requests.Response, stream: bool) -> Answer:
 
 
 def _usage(event: dict) -> dict | None:
-    for holder in (event, event.get("response") or {}, event.get("message") or {}):
-        found = holder.get("usage") or holder.get("meta_info")
+    for holder in (event, event.get("response"), event.get("message")):
+        found = holder.get("usage") or holder.get("meta_info") if isinstance(holder, dict) else None
         if found and (found.get("prompt_tokens") is not None or found.get("input_tokens") is not None):
             return found
     return None

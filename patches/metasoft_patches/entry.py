@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
 
+from metasoft_patches import limits
 from metasoft_patches.frontend import CARRIER, PREFIX
 from sglang_metasoft.config import RequestOptions, RequestRefused, shown
 from sglang_metasoft.headers import SCOPE_KEY, SETTINGS, Exchange
@@ -15,9 +16,14 @@ from sglang_metasoft.headers import SCOPE_KEY, SETTINGS, Exchange
 PLACES = ("custom_params", "sampling_params", "parameters", "options", "extra_body", "metadata")
 
 
+def is_ours(manager, obj) -> bool:
+    """Whether this server compresses, and generates for this request."""
+    return isinstance(obj, GenerateReqInput) and getattr(manager.server_args, CARRIER, None) is not None
+
+
 def enter(original, manager, obj, request=None):
     """AROUND ``TokenizerManager.generate_request``, an asynchronous generator of responses."""
-    if not isinstance(obj, GenerateReqInput) or getattr(manager.server_args, CARRIER, None) is None:
+    if not is_ours(manager, obj):
         return original(manager, obj, request)
     return _enter(original, manager, obj, request)
 
@@ -25,6 +31,7 @@ def enter(original, manager, obj, request=None):
 async def _enter(original, manager, obj: GenerateReqInput, request) -> AsyncIterator[Any]:
     exchange: Exchange | None = request.scope.get(SCOPE_KEY) if request is not None else None
     try:
+        limits.check_call(obj)
         await _take_settings(manager, obj, request, exchange)
         async with contextlib.aclosing(original(manager, obj, request)) as responses:
             async for response in responses:
@@ -68,12 +75,20 @@ async def _take_settings(manager, obj: GenerateReqInput, request, exchange: Exch
 
 def check_prompt(result, manager, obj, input_ids) -> None:
     """AFTER ``TokenizerManager._validate_one_request``: what can only be said of the tokens."""
-    if not isinstance(obj, GenerateReqInput) or getattr(manager.server_args, CARRIER, None) is None:
+    if not is_ours(manager, obj):
         return
+    limits.check_prompt(obj, input_ids, manager.model_config.vocab_size)
     boundary = RequestOptions.parse(obj.sampling_params.get("custom_params")).get("boundary")
     # A session's earlier turns, and what a processor makes of images, are only known to the scheduler.
     if boundary is not None and input_ids is not None and boundary >= len(input_ids) and not obj.session_params:
         raise RequestRefused(RequestOptions.beyond_prompt(boundary, len(input_ids)))
+
+
+def check_message(message, manager, obj, *args, **kwargs) -> None:
+    """AFTER ``TokenizerManager._create_tokenized_object``: the last moment before the scheduler."""
+    if is_ours(manager, obj):
+        limits.check_message(message)
+        limits.check_sampling(message.sampling_params, manager.model_config.vocab_size)
 
 
 async def _check_places(request, samplings: list[dict]) -> None:

@@ -46,7 +46,7 @@ def test_the_streamed_example_says_what_its_chat_holds(server):
     assert tokens > reused > 4000 and entries < tokens / 6, out
 
 
-# -- settings and outcome in headers, on every endpoint ----------------------------------------------------------------
+# -- settings and outcome in headers, on every endpoint --------------------------------------------------------------
 
 ENDPOINTS = ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses")
 every_endpoint = pytest.mark.parametrize("path", ENDPOINTS)
@@ -114,3 +114,52 @@ def test_several_prompts_are_told_as_their_sum_and_not_in_a_stream(server, docum
     assert response.headers["x-metasoft-bypass"] == "too_short"
     response = requests.post(f"{server.url}/generate", json=body | {"stream": True}, timeout=300)
     assert response.status_code == 200 and not [name for name in response.headers if "metasoft" in name.lower()]
+
+
+# -- requests that would end the scheduler ---------------------------------------------------------------------------
+
+
+def sampling(**params):
+    return {"sampling_params": {"max_new_tokens": 2, **params}}
+
+
+MANY, VOCABULARY = 1_000_000, 49_152
+ENDING = [
+    ("/generate", {"text": ""}, "prompt: '' is not allowed; allowed: one that has at least one token"),
+    ("/generate", {"text": ["a", ""]}, "prompt: '' is not allowed"),
+    ("/generate", {"text": None, "input_ids": [[5], []]}, "prompt: [] is not allowed"),
+    ("/v1/completions", {"prompt": ["a", ""]}, "prompt: '' is not allowed"),
+    ("/generate", {"return_logprob": True, "top_logprobs_num": MANY}, f"{MANY} is not allowed; allowed: at most"),
+    ("/generate", {"return_logprob": True, "top_logprobs_num": VOCABULARY + 1}, f"the vocabulary's {VOCABULARY}"),
+    ("/generate", {"text": ["a", "b"], "return_logprob": True, "top_logprobs_num": [1, MANY]}, "top_logprobs: 1000000"),
+    ("/v1/completions", {"logprobs": MANY}, "top_logprobs: 1000000 is not allowed"),
+    ("/v1/chat/completions", {"logprobs": True, "top_logprobs": MANY}, "top_logprobs: 1000000 is not allowed"),
+    ("/generate", sampling(n=MANY), "n: 1000000 is not allowed; allowed: an integer from 1 to 1024"),
+    ("/v1/chat/completions", {"n": 0}, "n: 0 is not allowed"),
+    ("/generate", sampling(beam_width=MANY), "beam_width: 1000000 is not allowed"),
+    ("/generate", sampling(ignore_eos="yes"), "ignore_eos: 'yes' is not allowed; allowed: "),
+    ("/generate", sampling(top_k=1.5), "top_k: 1.5 is not allowed"),
+    ("/v1/chat/completions", {"top_k": 2**31}, f"top_k: {2**31} is not allowed; allowed: -1, or an integer from 1"),
+    ("/v1/completions", {"custom_params": {"a": {"b": {"c": 1}}}}, "custom_params: {'a': {'b': {'c': 1}}} is"),
+    ("/v1/chat/completions", {"logit_bias": {"5": 1e39}}, "logit_bias of token 5: 1e+39 is not allowed"),
+    ("/generate", sampling(min_new_tokens=1, stop_token_ids=[VOCABULARY]), f"stop_token_ids: {VOCABULARY} is"),
+    ("/generate", sampling(is_normalized=True), "is_normalized: True is not allowed"),
+    ("/generate", {"priority": 2**63}, f"priority: {2**63} is not allowed; allowed: an integer of 64 bits"),
+]  # fmt: skip
+
+
+@streamed_or_not
+@pytest.mark.parametrize(("path", "fields", "words"), ENDING, ids=[f"{path} {words[:24]}" for path, _, words in ENDING])
+def test_a_request_that_would_end_the_scheduler_is_http_400(server, path, stream, fields, words):
+    fields = {name: value for name, value in fields.items() if value is not None}
+    answer = ask(server, path, "Hello", stream, **fields)
+    error = answer.body if path in ENDPOINTS[1:3] else answer.body["error"]
+    assert answer.status == 400 and words in error["message"] and "allowed: " in error["message"]
+    assert ask(server, "/generate", "Hello", stream=False).status == 200
+
+
+def test_what_is_just_inside_the_limits_is_served(server):
+    logprobs = {"return_logprob": True, "top_logprobs_num": VOCABULARY}
+    params = sampling(top_k=2**31 - 1, stop_token_ids=[VOCABULARY], logit_bias={"5": -1e30}, max_new_tokens=1)
+    assert ask(server, "/generate", "Hello", stream=False, **logprobs, **params).status == 200
+    assert ask(server, "/v1/chat/completions", "", stream=False).status == 200  # the template gives it tokens

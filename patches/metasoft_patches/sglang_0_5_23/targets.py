@@ -30,6 +30,14 @@ TARGETS = (
     ),
     Target(
         "frontend",
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        "after",
+        "check_message",
+        ("self", "obj", "input_text", "input_ids", "input_embeds", "mm_inputs", "token_type_ids"),
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager._tokenize_one_request",
+    ),
+    Target(
+        "frontend",
         "sglang.srt.sampling.sampling_params.SamplingParams.verify",
         "after",
         "check_request",

@@ -7,6 +7,7 @@ generated from :class:`MetaSoftConfig`, so a setting is described and checked in
 import dataclasses
 import json
 import math
+import multiprocessing.context
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -227,6 +228,14 @@ class MetaSoftConfig:
     def __post_init__(self) -> None:
         for name, field in settings_of(type(self)).items():
             check_setting(name, getattr(self, name), field)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickled, as in SGLang's crash dumps, it has no secret; a process that we are starting gets it."""
+        is_spawning = multiprocessing.context.get_spawning_popen() is not None
+        return self.__dict__ if is_spawning else self.__dict__ | {"secret": ""}
+
+    def __deepcopy__(self, memo: dict) -> "MetaSoftConfig":
+        return self  # it is frozen
 
     def describe(self) -> str:
         """One line of ``name=value`` for the start-up log; the secret stays out of it."""

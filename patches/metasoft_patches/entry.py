@@ -29,7 +29,7 @@ def enter(original, manager, obj, request=None):
 
 
 async def _enter(original, manager, obj: GenerateReqInput, request) -> AsyncIterator[Any]:
-    exchange: Exchange | None = request.scope.get(SCOPE_KEY) if request is not None else None
+    exchange: Exchange | None = getattr(request, "scope", {}).get(SCOPE_KEY)  # sgl.Engine has no request
     try:
         limits.check_call(obj)
         await _take_settings(manager, obj, request, exchange)

@@ -179,6 +179,8 @@ def configure_scheduler(result, server_args, *args, **kwargs) -> None:
     config: MetaSoftConfig | None = getattr(server_args, CARRIER, None)
     if config is None:
         return
+    if not config.secret:
+        raise RuntimeError("MetaSoft: the server's secret did not come with its settings")
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
 
     adapter = load_adapter()

@@ -1,6 +1,9 @@
 """Flags, keywords and start-up checks, through SGLang's own parser and record, before any model loads."""
 
+import copy
+import dataclasses
 import json
+import multiprocessing
 import pickle
 import re
 from importlib.metadata import version
@@ -55,8 +58,29 @@ def test_flags_and_json_make_the_configuration(parse):
 
 def test_the_configuration_reaches_other_processes(parse):
     args = parse("--enable-metasoft", "--metasoft-budget", "300")
-    config = getattr(pickle.loads(pickle.dumps(args)), CARRIER)
-    assert config == getattr(args, CARRIER) and config.budget == 300
+    config, sent = getattr(args, CARRIER), getattr(pickle.loads(pickle.dumps(args)), CARRIER)
+    assert sent == dataclasses.replace(config, secret="") and sent.budget == 300
+    assert config.secret.encode() not in pickle.dumps(args)  # which SGLang writes into its crash dumps
+    assert getattr(copy.deepcopy(args), CARRIER) is config
+
+
+def tell_secret(args, pipe):
+    pipe.send(getattr(args, CARRIER).secret)
+
+
+def test_a_process_that_is_started_gets_the_secret(parse):
+    args = parse("--enable-metasoft")
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=tell_secret, args=(args, theirs))
+    process.start()
+    assert ours.poll(120) and ours.recv() == getattr(args, CARRIER).secret != ""
+    process.join()
+
+
+def test_a_scheduler_without_the_secret_does_not_start(parse):
+    with pytest.raises(RuntimeError, match="secret did not come"):
+        frontend.configure_scheduler(None, pickle.loads(pickle.dumps(parse("--enable-metasoft"))))
 
 
 @pytest.mark.parametrize(

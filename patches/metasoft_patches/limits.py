@@ -46,6 +46,8 @@ def check_prompt(obj: GenerateReqInput, input_ids: list[int] | None, vocab_size:
         refuse("prompt", obj.text if obj.text is not None else input_ids, "one that has at least one token")
     if obj.return_logprob and (obj.top_logprobs_num or 0) > vocab_size:
         refuse("top_logprobs", obj.top_logprobs_num, f"at most the vocabulary's {vocab_size}")
+    if obj.return_logprob and obj.logprob_start_len < -1:
+        refuse("logprob_start_len", obj.logprob_start_len, "-1, or an integer from 0 to the prompt's tokens")
 
 
 def check_message(message: TokenizedGenerateReqInput) -> None:

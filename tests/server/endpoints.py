@@ -24,8 +24,8 @@ def served_name(url: str) -> str:
     return requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
 
 
-def ask(server, path: str, text: str, stream: bool, headers: dict | None = None, **fields) -> Answer:
-    """One request of few output tokens for a prompt of one user message, or of plain text."""
+def ask(server, path: str, text: str, /, stream: bool, headers: dict | None = None, **fields) -> Answer:
+    """One request of few output tokens for a prompt of one user message, or of plain text; None drops a field."""
     chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 3, "model": "default"}
     body = {
         "/generate": {"text": text, "sampling_params": {"max_new_tokens": 3, "temperature": 0}},
@@ -34,7 +34,7 @@ def ask(server, path: str, text: str, stream: bool, headers: dict | None = None,
         "/v1/messages": chat,
         "/v1/responses": {"input": text, "max_output_tokens": 16, "model": served_name(server.url)},
     }[path]
-    body = body | {"stream": stream} | fields
+    body = {name: value for name, value in (body | {"stream": stream} | fields).items() if value is not None}
     if stream and path in ("/v1/completions", "/v1/chat/completions"):
         body["stream_options"] = {"include_usage": True}
     response = requests.post(server.url + path, json=body, headers=headers, timeout=300)

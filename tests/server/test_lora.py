@@ -148,6 +148,16 @@ def test_an_extra_key_that_spells_an_adapters_id_finds_no_chain_of_it(server, ad
     assert metasoft(ask(server, ids, None, extra_key=spelled))["reused_tokens"] == 0
 
 
+def test_an_adapter_is_named_by_its_path_alone(server, adapters, document_ids):
+    """``lora_id`` is SGLang's own; one that is not loaded would end its scheduler."""
+    from sglang.srt.lora.lora_registry import LoRARef
+
+    for lora_id in ("unknown", LoRARef.deterministic_id("A", str(adapters["A"]))):
+        body = {"input_ids": document_ids[:300], "lora_id": lora_id, "sampling_params": {"max_new_tokens": 1}}
+        response = requests.post(f"{server.url}/generate", json=body, timeout=60)
+        assert response.status_code == 400 and lora_id in response.text
+
+
 def test_a_burst_gives_the_answers_of_one_by_one(server, document_ids):
     """Adapters take turns in the pool of three; every prompt is compressed and its repeat reuses its own chain."""
     checks = len(inside_lines(server, "ok"))

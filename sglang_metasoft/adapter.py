@@ -92,7 +92,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def request_of_rows(self, batch) -> list[int]:
-        """For each row of a decoding batch its request, as index into ``batch.reqs``; a request may have several."""
+        """For each of ``batch.seq_lens`` its request, as index into ``batch.reqs``: one with beams has several rows."""
 
     @abstractmethod
     def retract(self, scheduler, req) -> None:

@@ -6,7 +6,6 @@ import torch
 from metasoft_patches.admission import Admission
 from metasoft_patches.chunks import ChunkGuard
 from metasoft_patches.compressor import SchedulerCompressor
-from metasoft_patches.lora import changes_embedding
 from metasoft_patches.request import RequestState
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
@@ -44,8 +43,8 @@ class SchedulerHooks:
             state.end_limit_tokens = recv_req.logprob_start_len  # SGLang fills the request's own field later
             if state.end_limit_tokens < prompt_tokens - self.config.window:
                 state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS
-        if changes_embedding(scheduler.tp_worker.model_runner, req.lora_id):
-            state.refusal = state.refusal or Bypass.LORA
+        if getattr(req, "token_indices_to_pool", None) or req.multi_item_delimiter_indices:
+            state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS  # read by their places in the raw prompt
         if state.named_boundary is not None and state.named_boundary >= prompt_tokens and req.to_finish is None:
             req.set_finish_with_abort(RequestOptions.beyond_prompt(state.named_boundary, prompt_tokens))
 
@@ -128,16 +127,15 @@ class SchedulerHooks:
             host = host.repeat_interleave(positions.numel() // host.numel())
         forward_batch.positions = positions + to_device(host, positions.dtype, positions.device)
 
-    def report_logical_length(self, original, accumulator, *, req):
-        """AROUND ``_GenerationStreamAccumulator.accept``: ``prompt_tokens`` counts the raw prompt."""
-        before = len(accumulator.prompt_tokens)
-        result = original(accumulator, req=req)
-        state = getattr(req, "metasoft", None)
-        if state is not None and len(accumulator.prompt_tokens) > before:
-            accumulator.prompt_tokens[-1] += state.offset
-            if req.finished() and self.compressor.metrics is not None:
+    def report_logical_lengths(self, reqs: list, prompt_tokens: list[int]) -> None:
+        """Let the ``prompt_tokens`` of a step's responses count the raw prompts; ``reqs`` are those that respond."""
+        for number, req in enumerate(reqs):
+            state = getattr(req, "metasoft", None)
+            if state is None:
+                continue
+            prompt_tokens[number] += state.offset
+            if self.compressor.metrics is not None and req.finished():
                 self.compressor.metrics.request_finished(state.report())
-        return result
 
     def extra_slots(self, req, is_admission: bool) -> int:
         """Slots that a request needs beyond SGLang's own count: room for the consolidated entries.

@@ -84,6 +84,14 @@ def test_what_is_asked_for_before_the_window_stays_raw():
     assert req.metasoft.refusal is Bypass.PROMPT_LOGPROBS
 
 
+@pytest.mark.parametrize("field", ["token_indices_to_pool", "multi_item_delimiter_indices"])
+def test_scores_at_named_places_of_the_prompt_leave_it_raw(field):
+    req = make_request(1000, return_logprob=True, **{field: [990]})
+    recv_req = SimpleNamespace(return_logprob=True, logprob_start_len=-1)
+    SchedulerHooks(MetaSoftConfig(), adapter=None).request_made(req, SimpleNamespace(model_config=MODEL), recv_req)
+    assert req.metasoft.refusal is Bypass.PROMPT_LOGPROBS
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_every_returned_id_is_the_prompts_own(data):

@@ -41,8 +41,11 @@ class SchedulerHooks(scheduler.SchedulerHooks):
     def report(self, original, accumulator, *, req):
         """AROUND ``_GenerationStreamAccumulator.accept``: our fields go with each response, once for every token."""
         before = len(accumulator.output_ids)
-        result = self.report_logical_length(original, accumulator, req=req)
+        result = original(accumulator, req=req)
         if len(accumulator.output_ids) > before:
+            last = accumulator.prompt_tokens[-1:]
+            self.report_logical_lengths([req], last)
+            accumulator.prompt_tokens[-1:] = last
             state = getattr(req, "metasoft", None)
             fields = state.report() if state is not None else {}
             tokens = [len(ids) for ids in accumulator.output_ids]

@@ -26,6 +26,11 @@ class SchedulerHooks(scheduler.SchedulerHooks):
         """AFTER ``Scheduler.get_output_streamer_class``: one that adds our fields to each response."""
         return make_reporting_streamer(streamer_class)
 
+    def report_lengths(self, original, accumulator, **kwargs):
+        """AROUND ``_GenerationStreamAccumulator.to_payload``: once a step, not once a request of it."""
+        self.report_logical_lengths(accumulator.output_reqs, accumulator.prompt_tokens)
+        return original(accumulator, **kwargs)
+
     def reserve_slots(self, reserve: int, adder, req, *, extend_input_len: int | None = None) -> int:
         """AFTER ``PrefillAdder._request_slot_reserve_for_req``; a length is given when a chunk of it is charged."""
         return reserve + self.extra_slots(req, is_admission=extend_input_len is None)

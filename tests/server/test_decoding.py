@@ -1,0 +1,145 @@
+"""Decode steps after a compression: positions against the reference, log-probabilities of the prompt."""
+
+import json
+
+import pytest
+
+from tests.reference.meta_soft_reference import Cache, Reference
+from tests.server.checks import SALT, STRICT_CHECKS, metasoft
+
+pytestmark = pytest.mark.server
+
+POOL_TOKENS, WINDOW, SINK, TARGETS, MIN_TOKENS = 6000, 64, 4, 4, 512
+STEPS, TOP = 16, 20
+LOGPROB_TOLERANCE = 2e-3  # float32 on both sides; with an offset left out some step is wrong by more than 0.1
+
+
+@pytest.fixture(scope="module")
+def server(start_server, compressor_dir):
+    return start_server(
+        "--dtype", "float32", "--enable-metasoft", "--metasoft-path", str(compressor_dir),
+        "--metasoft-config", json.dumps({"consolidation": "attention_flow"}), "--enable-metrics",
+        "--max-total-tokens", str(POOL_TOKENS), "--enable-return-hidden-states",
+        env=STRICT_CHECKS,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir, compressor_dir):
+    return Reference(model_dir, compressor_dir)
+
+
+def decode(server, ids: list[int], **fields) -> dict:
+    """STEPS tokens, with the most likely ones of each step."""
+    sampling = {"sampling_params": {"ignore_eos": True}}
+    return server.generate(ids, STEPS, return_logprob=True, top_logprobs_num=TOP, **sampling, **fields)
+
+
+def largest_error(reference: Reference, cache: Cache, ids: list[int], response: dict) -> tuple[float, Cache]:
+    """Step through the server's own output, so that near ties do not matter.
+
+    Args:
+        cache: of the reference, before ``ids``.
+        ids: what the first step computes.
+
+    Returns:
+        The largest difference of a log-probability at any step, and the cache without the last output.
+    """
+    error = 0.0
+    for token, top in zip(response["output_ids"], response["meta_info"]["output_top_logprobs"], strict=True):
+        cache, logprobs = reference.extend(cache, ids)
+        error = max(error, *(abs(logprobs[id_].item() - logprob) for logprob, id_, _ in top))
+        ids = [token]
+    return error, cache
+
+
+def first_step(reference: Reference, prompt: list[int], compressed: Cache, response: dict) -> tuple[float, Cache]:
+    """The first token comes from the raw prompt, the others from the compressed one."""
+    (top, *later), meta = response["meta_info"]["output_top_logprobs"], response["meta_info"]
+    _, logprobs = reference.prefilled[tuple(prompt)]
+    first = max(abs(logprobs[id_].item() - logprob) for logprob, id_, _ in top)
+    rest = {"output_ids": response["output_ids"][1:], "meta_info": meta | {"output_top_logprobs": later}}
+    error, cache = largest_error(reference, compressed, response["output_ids"][:1], rest)
+    return max(first, error), cache
+
+
+@pytest.mark.parametrize("ratio", [4, 8])
+def test_two_turns_decode_at_their_logical_positions(server, reference, document_ids, ratio):
+    prompt, question = document_ids[:1100], document_ids[3000:3040]
+    options = {"custom_params": {"metasoft_ratio": ratio}}
+    first = decode(server, prompt, **options)
+    entries = metasoft(first)["kv_tokens"] - WINDOW
+    assert metasoft(first)["span_tokens"] == len(prompt) - WINDOW and entries == -(-len(prompt) // ratio) - WINDOW
+    second = decode(server, prompt + first["output_ids"] + question, **options)
+    assert metasoft(second)["reused_tokens"] == len(prompt) - WINDOW
+
+    compressed = reference.compress(prompt, WINDOW, entries, SINK, TARGETS).cache
+    error, cache = first_step(reference, prompt, compressed, first)
+    assert error < LOGPROB_TOLERANCE
+    error, _ = largest_error(reference, cache, first["output_ids"][-1:] + question, second)
+    assert error < LOGPROB_TOLERANCE
+
+
+@pytest.mark.parametrize("ratio", [4, 8])
+def test_two_segments_with_a_boundary_decode_at_their_logical_positions(server, reference, document_ids, ratio):
+    prompt, boundary = document_ids[1000:2500], 700
+    response = decode(server, prompt, custom_params={"metasoft_ratio": ratio, "metasoft_boundary": boundary})
+    head = -(-boundary // ratio)
+    rest = metasoft(response)["kv_tokens"] - head - WINDOW
+    assert metasoft(response)["span_tokens"] == len(prompt) - WINDOW and rest > 0
+
+    cache = reference.prefill(prompt)
+    cache = reference.compress_span(cache, boundary, head, SINK, TARGETS, at_boundary=True).cache
+    cache = reference.compress_span(cache, len(prompt) - WINDOW - boundary, rest, 0, TARGETS).cache
+    error, _ = first_step(reference, prompt, cache, response)
+    assert error < LOGPROB_TOLERANCE
+
+
+LOGPROB_CASES = {  # prompt tokens, start, boundary seen in the tree, options
+    "seen": (600, 540, 570, {}),
+    "named": (600, 540, None, {"metasoft_boundary": 599}),
+    "budget": (600, 540, 570, {"metasoft_budget": 80}),
+    "high ratio": (1000, 936, None, {"metasoft_ratio": 40, "metasoft_boundary": 999}),
+    "high ratio, seen": (700, 636, 660, {"metasoft_ratio": 32}),
+    "boundary before the start": (700, 680, None, {"metasoft_boundary": 600}),
+    "last token": (700, 699, None, {}),
+}
+
+
+@pytest.mark.parametrize("case", LOGPROB_CASES)
+def test_prompt_logprobs_in_the_window_are_those_of_the_raw_prompt(server, document_ids, case):
+    """On the first run they come from the prefill itself; on a repeat the ids are right, the values compressed ones."""
+    length, start, seen, options = LOGPROB_CASES[case]
+    at = 400 * list(LOGPROB_CASES).index(case)
+    ids = document_ids[at : at + length]
+    fields = {
+        "return_logprob": True, "logprob_start_len": start, "top_logprobs_num": 3, "token_ids_logprob": [11, 222],
+        "return_hidden_states": True,
+    }  # fmt: skip
+    plain = server.generate(ids, 4, custom_params={"metasoft_ratio": 1}, **{SALT: "plain"}, **fields)["meta_info"]
+    if seen is not None:
+        other = ids[:seen] + document_ids[4000:4100]
+        assert metasoft(server.generate(other, 2, custom_params=options))["span_tokens"] > 0
+    response = server.generate(ids, 4, custom_params=options, **fields)
+    ours = response["meta_info"]
+    assert [token for _, token, _ in ours["input_token_logprobs"]] == ids[start:]
+    assert MIN_TOKENS <= metasoft(response)["span_tokens"] <= start
+    if metasoft(response)["reused_tokens"] == 0:
+        for name in ("input_token_logprobs", "input_top_logprobs", "input_token_ids_logprobs"):
+            assert_logprobs_equal(ours[name], plain[name])
+    again = server.generate(ids, 4, custom_params=options, **fields)["meta_info"]
+    assert [token for _, token, _ in again["input_token_logprobs"]] == ids[start:]
+    assert again["metasoft_reused_tokens"] == ours["metasoft_span_tokens"]
+    assert len(again["hidden_states"]) == len(ours["hidden_states"]) == len(plain["hidden_states"])
+
+
+def assert_logprobs_equal(ours: list, plain: list) -> None:
+    """Triples of log-probability, id and text, or lists of them for each token."""
+    assert len(ours) == len(plain)
+    for one, other in zip(ours, plain, strict=True):
+        if one is None or isinstance(one[0], list):
+            assert (one is None) == (other is None)
+            assert_logprobs_equal(one or [], other or [])
+        else:
+            assert one[1] == other[1] and (one[0] is None) == (other[0] is None)
+            assert one[0] is None or abs(one[0] - other[0]) < 1e-4

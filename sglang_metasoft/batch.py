@@ -64,7 +64,8 @@ class FusedBatch:
         )
         self.sink_tokens = sinks.starts.diff()
         self.context_slots, self.span_slots, self.new_slots = (
-            torch.cat(parts) for parts in zip(*(job[2:] for job in jobs), strict=True)
+            torch.cat(slots)
+            for slots in zip(*((job.context_slots, job.span_slots, job.new_slots) for job in jobs), strict=True)
         )
         consolidation = config.consolidation or method.default_consolidation
         targets = min(config.route_targets, config.route_band, self.kept.longest)

@@ -29,7 +29,7 @@ class Bypass(enum.StrEnum):
     INPUT_EMBEDS = "input_embeds", "gives embeddings in place of tokens"
     EMBED_OVERRIDES = "embed_overrides", "replaces embeddings at some positions"
     SESSION = "session", "belongs to an opened session, which keeps raw KV rows"
-    LORA = "lora", "uses a LoRA adapter"
+    LORA = "lora", "uses a LoRA adapter that changes the embedding table"
     BEAM_SEARCH = "beam_search", "decodes several beams over one row"
     CUSTOM_LOGIT_PROCESSOR = "custom_logit_processor", "has a processor that may read prompt ids"
     WATERMARK = "watermark", "is watermarked, which reads prompt ids"
@@ -133,6 +133,7 @@ class Job(NamedTuple):
     context_slots: torch.Tensor  # [C] int64, the slots that the probe sees
     span_slots: torch.Tensor  # [S] int64
     new_slots: torch.Tensor  # [B] int64
+    lora_id: str | None = None  # the adapter that the probe runs under; None: the base model
 
 
 class LayerView(NamedTuple):

@@ -117,7 +117,6 @@ def bypass_reason(req, adapter: Adapter) -> Bypass | None:
         (req.positional_embed_overrides is not None, Bypass.EMBED_OVERRIDES),
         # A session_id alone means nothing without --enable-session-radix-cache, which is refused.
         (req.session is not None, Bypass.SESSION),
-        (req.lora_id is not None, Bypass.LORA),
         (adapter.is_beam_search(req), Bypass.BEAM_SEARCH),
         (req.custom_logit_processor is not None, Bypass.CUSTOM_LOGIT_PROCESSOR),
         (adapter.is_watermarked(req), Bypass.WATERMARK),

@@ -225,12 +225,16 @@ class SchedulerCompressor:
         return self.committer.tree_cache
 
     def tenant(self, req) -> tuple:
-        """What separates raw prefixes: the client's own keys. LoRA requests are not compressed."""
+        """What separates raw prefixes: the client's own keys, and with them SGLang keeps the LoRA adapter."""
         return self.adapter.tenant(req)
 
     def namespace(self, req) -> tuple:
-        """What separates chains: tenant, settings, and the weights that the KV was computed with."""
-        return (self.settings_id, req.metasoft.generation, *self.tenant(req), req.metasoft.namespace_options)
+        """What separates chains: tenant, settings, and the weights that the KV was computed with.
+
+        An adapter's id is a new one each time that it is loaded.
+        """
+        state: RequestState = req.metasoft
+        return (self.settings_id, state.generation, req.lora_id, *self.tenant(req), state.namespace_options)
 
     def match_prefix(self, match, req, tree_cache, *args, takes_raw_prefix: bool = True, **kwargs) -> None:
         """Match a waiting request against the tree in the form, raw or compact, that leaves the least to compute.

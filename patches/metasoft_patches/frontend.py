@@ -197,3 +197,13 @@ def configure_scheduler(result, server_args, *args, **kwargs) -> None:
 def check_request(result, params, vocab_size: int) -> None:
     """AFTER ``SamplingParams.verify``: a bad ``custom_params`` value is a client error (HTTP 400)."""
     RequestOptions.parse(params.custom_params)
+
+
+def check_adapter(manager, request) -> None:
+    """BEFORE ``TokenizerManager._validate_and_resolve_lora``, which sets ``lora_id``: a client's own is an error.
+
+    It would reach the scheduler as it is, where an id that is not loaded ends the process.
+    """
+    is_clients = request.lora_id is not None and not request.lora_path
+    if is_clients and getattr(manager.server_args, CARRIER, None) is not None:
+        raise ValueError(f"lora_id: {shown(request.lora_id)} is not allowed; an adapter is named by lora_path")

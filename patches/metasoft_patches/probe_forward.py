@@ -11,6 +11,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from metasoft_patches import lora
 from metasoft_patches.model import attention_layers
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
@@ -108,5 +109,10 @@ def run_probe(model_runner, backend: ProbeBackend, req_pool_indices: torch.Tenso
     )
     embeds = torch.cat([probe.embeds for probe in probes]).to(model_runner.dtype)
     model = model_runner.model
-    with torch.no_grad(), adapter.forward_scope(model, backend, batch):
+    lora_ids = [job.lora_id for job in backend.jobs]
+    with (
+        torch.no_grad(),
+        lora.routing(model_runner, batch, lora_ids),
+        adapter.forward_scope(model, backend, batch),
+    ):
         model.model(input_ids, positions, batch, input_embeds=embeds)

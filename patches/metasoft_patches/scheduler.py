@@ -6,6 +6,7 @@ import torch
 from metasoft_patches.admission import Admission
 from metasoft_patches.chunks import ChunkGuard
 from metasoft_patches.compressor import SchedulerCompressor
+from metasoft_patches.lora import changes_embedding
 from metasoft_patches.request import RequestState
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
@@ -43,6 +44,8 @@ class SchedulerHooks:
             state.end_limit_tokens = recv_req.logprob_start_len  # SGLang fills the request's own field later
             if state.end_limit_tokens < prompt_tokens - self.config.window:
                 state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS
+        if changes_embedding(scheduler.tp_worker.model_runner, req.lora_id):
+            state.refusal = state.refusal or Bypass.LORA
         if getattr(req, "token_indices_to_pool", None) or req.multi_item_delimiter_indices:
             state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS  # read by their places in the raw prompt
         if state.named_boundary is not None and state.named_boundary >= prompt_tokens and req.to_finish is None:

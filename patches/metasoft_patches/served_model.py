@@ -9,13 +9,14 @@ from sglang_metasoft.types import Job, Plan, Probe, Rope
 
 
 class LoadedModel:
-    """The model of one scheduler process."""
+    """The model of one scheduler process, under one of its LoRA adapters or, with None, as it is."""
 
-    def __init__(self, scheduler, adapter: Adapter, embed) -> None:
+    def __init__(self, scheduler, adapter: Adapter, embed, lora_id: str | None = None) -> None:
         self.scheduler = scheduler
         self.runner = scheduler.tp_worker.model_runner
         self.adapter = adapter
         self.embed = embed
+        self.lora_id = lora_id
 
     def rope(self) -> Rope:
         modules = {id(m): m for m in self.runner.model.modules() if hasattr(m, "cos_sin_cache")}
@@ -41,7 +42,7 @@ class LoadedModel:
             return out
 
         nowhere = torch.empty(0, dtype=torch.int64, device=self.runner.device)
-        job = Job(Plan(0, 0, 0, 0), Probe(self.embed(ids), 0, 0), nowhere, nowhere, nowhere)
+        job = Job(Plan(0, 0, 0, 0), Probe(self.embed(ids), 0, 0), nowhere, nowhere, nowhere, self.lora_id)
         pool = self.scheduler.tree_cache.token_to_kv_pool_allocator.get_kvcache()
         backend = ProbeBackend(self.scheduler.tree_cache.req_to_token_pool, pool, [job], collect)
         run_probe(self.runner, backend, torch.zeros(1, dtype=torch.int64, device=self.runner.device), self.adapter)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from sglang.srt.runtime_context import get_parallel
 
+from metasoft_patches import lora
 from metasoft_patches.kernels import choose_kernels
 from metasoft_patches.metrics import Metrics
 from metasoft_patches.probe_forward import ProbeBackend, run_probe, visit_layers
@@ -19,6 +20,7 @@ from sglang_metasoft.batch import FusedBatch
 from sglang_metasoft.clock import StageClock, no_clock
 from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.key_bias import KeyDirections, fit_key_directions
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
@@ -66,10 +68,15 @@ class StageRunner:
         """Make the method anew, from the weights that the model has now."""
         self.method = load_method(self.config.method)(self.config, self.shape, self._embed, self.device)
         self.method.prepare(LoadedModel(self.scheduler, self.adapter, self._embed))
+        self.adapter_directions = lora.AdapterDirections(self.runner, self._fit_directions)
+
+    def _fit_directions(self, lora_id: str) -> KeyDirections:
+        model = LoadedModel(self.scheduler, self.adapter, self._embed, lora_id)
+        return fit_key_directions(model, self.shape, self.device)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return self.runner.model.model.embed_tokens(ids)
+            return lora.base_embedding(self.runner.model)(ids)
 
     def run(self, items: list[tuple[object, Plan, torch.Tensor]]) -> list[bool]:
         """Probe, score, route, merge and write the new slots of all items; runs on the forward stream.
@@ -120,6 +127,7 @@ class StageRunner:
         rows = to_device([self.adapter.row_index(req) for req, _, _ in items], torch.int64, self.device)
         if self.has_probe:
             run_probe(self.runner, backend, rows, self.adapter)
+            lora.hold_back_loads(self.scheduler)
         else:
             visit_layers(self.runner, backend)
         if self.clock is not None:
@@ -150,7 +158,10 @@ class StageRunner:
                 context_slots=context_slots,
                 context_tokens=context_tokens,
             )
-            probe = make_probe(self.method, prompt, self.config)
+            directions = None
+            if self.method.key_directions is not None and req.lora_id is not None:
+                directions = self.adapter_directions.of(req.lora_id)
+            probe = make_probe(self.method, prompt, self.config, directions)
         else:
             probe = Probe(torch.empty(0, self.shape.hidden_size), context_slots, context_tokens)
         row = self.committer.row(req)
@@ -160,6 +171,7 @@ class StageRunner:
             context_slots=row[: probe.context_slots].to(torch.int64),
             span_slots=row[plan.start_slots : plan.end_slots].to(torch.int64),
             new_slots=slots,
+            lora_id=req.lora_id,
         )
 
     def _write_trace(self, req, plan: Plan, layers: list) -> None:

@@ -54,6 +54,14 @@ TARGETS = (
     ),
     Target(
         "frontend",
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",
+        "before",
+        "check_adapter",
+        ("self", "obj"),
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
+    ),
+    Target(
+        "frontend",
         "sglang.srt.managers.scheduler.configure_scheduler_process",
         "after",
         "configure_scheduler",
@@ -234,6 +242,8 @@ USED = (
     ("sglang.srt.model_executor.forward_context:forward_context", ("ctx",)),
     ("sglang.srt.arg_groups.overrides:resolved_view", ("server_args",)),
     ("sglang.srt.server_args:ServerArgs.get_model_config", ("self",)),
+    ("sglang.srt.lora.lora_manager:LoRAManager.prepare_lora_batch", ("self", "forward_batch")),
+    ("sglang.srt.lora.lora_manager:LoRAManager.reset_lora_batch", ("self",)),
     ("sglang.srt.managers.schedule_batch:Req.set_extend_range", ("self", "start", "end")),
     ("sglang.srt.managers.schedule_batch:Req._refresh_fill_ids", ("self",)),
 )

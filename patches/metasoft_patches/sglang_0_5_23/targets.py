@@ -54,6 +54,14 @@ TARGETS = (
     ),
     Target(
         "frontend",
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",
+        "before",
+        "check_adapter",
+        ("self", "obj"),
+        "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
+    ),
+    Target(
+        "frontend",
         "sglang.srt.managers.scheduler.configure_scheduler_process",
         "after",
         "configure_scheduler",
@@ -217,6 +225,8 @@ USED = (
     ("sglang.srt.arg_groups.model_override_base:resolving_view", ("server_args",)),
     ("sglang.srt.arg_groups.model_override_base:model_config_of", ("server_args",)),
     ("sglang.srt.managers.schedule_batch:Req.refresh_fill_ids", ("self",)),
+    ("sglang.srt.lora.lora_manager:LoRAManager.prepare_lora_batch", ("self", "forward_batch")),
+    ("sglang.srt.lora.lora_manager:LoRAManager.reset_lora_batch", ("self",)),
 )
 
 # Decode graphs read a position buffer of their own. It must be filled from the batch's positions at every replay, to

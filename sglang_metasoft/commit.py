@@ -80,6 +80,7 @@ class Committer:
         compact_prompt_ids: array,
         keep_raw: bool,
         insert_tail: bool,
+        is_in_tree: bool = False,
     ) -> None:
         """Put the request onto its consolidated entries and insert them into the radix tree.
 
@@ -92,6 +93,7 @@ class Committer:
             new_slots: ``[B]`` already written.
             compact_prompt_ids: the prompt with the span's ids replaced by B virtual ids.
             insert_tail: else the tail belongs to the next span and is not inserted.
+            is_in_tree: the new slots are the tree's already, in its node for these ids.
         """
         adapter = self.adapter
         row = self.row(req)
@@ -112,7 +114,8 @@ class Committer:
         req.full_untruncated_fill_ids = array("q")
         adapter.refresh_ids(req)
         # Less than the start where an earlier segment was kept out of the tree.
-        adapter.move_row(req, end=compact_end, protected_len=min(protected_len, start))
+        protected_len = start + plan.kept_slots if is_in_tree else min(protected_len, start)
+        adapter.move_row(req, end=compact_end, protected_len=protected_len)
         # At once: a later insertion would leave a window in which the index knows a chain that the tree lacks.
         self.tree_cache.publish(req, up_to=compact_end if insert_tail else start + plan.kept_slots)
         adapter.set_prefix(req, row, compact_end)

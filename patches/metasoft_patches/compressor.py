@@ -73,7 +73,9 @@ class SchedulerCompressor:
         done: set[int] = set()
         # A prompt may hold several spans: a shared document, then what follows it.
         while chosen := self._choose(batch, done):
-            self._compress(batch, chosen, done)
+            first, twins = self._pair(chosen)
+            self._compress(batch, first, done)
+            self._adopt(batch, twins)
 
     def _compress(self, batch, chosen: list[tuple[int, object, Plan]], done: set[int]) -> None:
         """Compress one span of each chosen request; adds to ``done`` who must not be tried again after this forward."""
@@ -122,6 +124,36 @@ class SchedulerCompressor:
         self._shrink_batch(batch, shrink)
         # SGLang keeps admission shut, once it was full, until a request leaves; here slots came free without one.
         scheduler.running_batch.batch_is_full = False
+
+    def _pair(self, chosen: list[tuple[int, object, Plan]]) -> tuple[list, list]:
+        """Part the spans into those to compress and those that become the same entries as one of them.
+
+        Such are equal prompts, and the same document up to a boundary. Each twin comes with the request that it equals
+        and the virtual ids of the segment.
+        """
+        if len(chosen) == 1:
+            return chosen, []
+        first: dict[bytes, object] = {}
+        rest, twins = [], []
+        for position, req, plan in chosen:
+            ids = self._extend_chain(req, plan).segment_ids.tobytes()
+            if req.skip_radix_cache_insert or first.setdefault(ids, req) is req:
+                rest.append((position, req, plan))
+            else:
+                twins.append((position, req, plan, first[ids], ids))
+        return rest, twins
+
+    def _adopt(self, batch, twins: list) -> None:
+        """Put each twin onto the entries that its first has left in the tree; without them it is chosen again."""
+        shrink = [0] * len(batch.reqs)
+        for position, req, plan, first, ids in twins:
+            chain = first.metasoft.chain
+            if chain is not None and chain.segment_ids.tobytes() == ids:
+                slots = self.committer.row(first)[plan.start_slots : plan.start_slots + plan.kept_slots]
+                self._commit(req, plan, slots.to(torch.int64), is_adopted=True)
+                shrink[position] = plan.saved_slots
+        if any(shrink):
+            self._shrink_batch(batch, shrink)
 
     def _choose(self, batch, done: set[int]) -> list[tuple[int, object, Plan]]:
         decoding = {id(req) for req in batch.decoding_reqs or ()}
@@ -181,7 +213,7 @@ class SchedulerCompressor:
             state.failure = reason
             state.make_plan(self.config, self.page_size)
 
-    def _commit(self, req, plan: Plan, slots: torch.Tensor) -> None:
+    def _commit(self, req, plan: Plan, slots: torch.Tensor, is_adopted: bool = False) -> None:
         state: RequestState = req.metasoft
         chain = self._extend_chain(req, plan)
         compact_ids = state.set_chain(req, chain)
@@ -189,9 +221,9 @@ class SchedulerCompressor:
         state.make_plan(self.config, self.page_size)
         next_plan, state.plan = state.plan, None  # the insertion inside commit is of the chain, not a raw prefix
         is_last_span = is_last_chunk and next_plan is None
-        self.committer.commit(req, plan, slots, compact_ids, self.config.keep_raw, is_last_span)
+        self.committer.commit(req, plan, slots, compact_ids, self.config.keep_raw, is_last_span, is_adopted)
         state.plan = next_plan
-        if self.metrics is not None:
+        if self.metrics is not None and not is_adopted:
             self.metrics.span_compressed(plan)
         if state.generation == self.generation and not req.skip_radix_cache_insert:
             index, tenant = self.tree_cache.chains, self.tenant(req)

@@ -65,3 +65,47 @@ def test_a_prompt_without_output_is_compressed_and_read_as_any_other(max_new_tok
     assert serve(machine, PROMPT, [5], max_new_tokens=max_new_tokens).reused_tokens == warm.chain.tokens
     question = serve(machine, [*PROMPT, 7, 8, 9])
     assert question.reused_tokens == warm.chain.tokens  # its probe saw nothing but the document
+
+
+@pytest.mark.parametrize("keep_raw", [True, False], ids=["keep-raw", "free-raw"])
+@pytest.mark.parametrize("chunk", [None, 512], ids=["whole", "chunked"])
+@pytest.mark.parametrize("page", [1, 16])
+def test_equal_prompts_of_one_batch_are_probed_once(page, chunk, keep_raw):
+    machine = Machine(9600, page, chunk, keep_raw=keep_raw)
+    reqs = [machine.arrive(PROMPT) for _ in range(4)]
+    machine.prefill(*reqs)
+    assert machine.compressor.stages.num_probes == 1 and len(machine.tree.chains) == 1
+    rows = [machine.compressor.committer.row(req)[: req.metasoft.chain.slots].tolist() for req in reqs]
+    assert all(row == rows[0] for row in rows)  # one copy, whole, in the tree
+    for number, req in enumerate(reqs):
+        machine.decode(req, [number, 5, 6])
+        machine.finish(req)
+    machine.check_idle()
+    assert machine.tree.evictable_size() < 1500 * (keep_raw + 0.25) + 150
+
+
+@pytest.mark.parametrize("page", [1, 16])
+def test_questions_of_one_batch_over_one_document_probe_it_once(page):
+    machine = Machine(16_000, page)
+    serve(machine, PROMPT + [2000] * 20)
+    before = machine.compressor.stages.num_probes
+    reqs = [machine.arrive(PROMPT + [2001 + number] * 20) for number in range(3)]
+    reqs.append(machine.arrive(PROMPT + [2010] * 900))  # with a second segment of its own
+    machine.prefill(*reqs)
+    assert machine.compressor.stages.num_probes - before == 2
+    assert {req.metasoft.report()["metasoft_span_tokens"] for req in reqs} == {
+        1500 // page * page, (2400 - 64) // page * page,
+    }  # fmt: skip
+    for req in reqs:
+        machine.decode(req, [1, 2, 3])
+        machine.finish(req)
+    machine.check_idle()
+
+
+def test_a_twin_is_compressed_itself_if_the_first_could_not_be():
+    machine = Machine(9600)
+    reqs = [machine.arrive(PROMPT) for _ in range(2)]
+    reserve, calls = machine.compressor.committer.reserve, []
+    machine.compressor.committer.reserve = lambda slots: calls.append(slots) or (reserve(slots) if calls[1:] else None)
+    machine.prefill(*reqs)
+    assert [req.metasoft.report().get("metasoft_bypass") for req in reqs] == ["no_free_slots", None]

@@ -104,8 +104,9 @@ class Machine:
         req.metasoft = RequestState(req, options)
         return req
 
-    def match(self, req: Req) -> None:
+    def match(self, req: Req, match_prefix=None) -> None:
         """Look for its prefix in the tree, as a scheduling attempt does."""
+        match_prefix = match_prefix or self.compressor.match_prefix
         original = Req._compute_max_prefix_len
 
         def capped(req, input_len):
@@ -114,7 +115,7 @@ class Machine:
             return limit if capped is None else capped
 
         with patch.object(Req, "_compute_max_prefix_len", capped):
-            self.compressor.match_prefix(Req.init_next_round_input, req, self.tree)
+            match_prefix(Req.init_next_round_input, req, self.tree)
 
     def prefill(self, *reqs: Req) -> None:
         """Match and prefill the requests in one batch, or chunk by chunk."""
@@ -128,14 +129,18 @@ class Machine:
             self.check_row(req, req.prefix_len)
         waiting = list(reqs)
         while waiting:
-            self.forward(waiting)
+            self.forward(waiting, [self.next_end(req) for req in waiting])
             waiting = [req for req in waiting if req.extend_end < len(req.full_untruncated_fill_ids)]
 
-    def forward(self, reqs: list[Req]) -> None:
-        """Extend each request by a chunk, compress, publish."""
-        for req in reqs:
-            end = len(req.full_untruncated_fill_ids)
-            self.extend(req, min(end, req.prefix_len + self.chunk) if self.chunk else end)
+    def next_end(self, req: Req) -> int:
+        """Where its next chunk ends."""
+        end = len(req.full_untruncated_fill_ids)
+        return min(end, req.prefix_len + self.chunk) if self.chunk else end
+
+    def forward(self, reqs: list[Req], ends: list[int]) -> None:
+        """Extend each request, compress, publish."""
+        for req, end in zip(reqs, ends, strict=True):
+            self.extend(req, end)
         lengths = torch.tensor([req.extend_end for req in reqs])
         batch = SimpleNamespace(reqs=reqs, decoding_reqs=None, seq_lens=lengths, seq_lens_cpu=lengths)
         self.compressor.compress_finished(batch)
@@ -171,7 +176,7 @@ class Machine:
     def decode(self, req: Req, output_ids) -> None:
         """Give the request its next outputs; the last one's KV is never computed."""
         for token in output_ids:
-            if req.output_ids:
+            if req.extend_end < len(req.full_untruncated_fill_ids):
                 self.extend(req, req.extend_end + 1)
                 req.prefix_len = req.extend_end
             req.output_ids.append(token)

@@ -1,0 +1,235 @@
+"""Any order of arrivals, steps, retractions, aborts, evictions and weight updates, with SGLang's own admission.
+
+What is compared with is slow and knows nothing of chains: which tokens shaped each slot (``machine``), a list of all
+chains that were ever indexed, and sums over the rows of all running requests.
+"""
+
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import pytest
+
+pytest.importorskip("sglang.srt.mem_cache.allocator.token")
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from metasoft_patches.admission import Admission
+from metasoft_patches.chunks import ChunkGuard
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
+
+from tests.unit.machine import Machine
+
+POOL, WINDOW, CONTEXT = 4800, 16, 6000
+DOCUMENTS = [[(7 * n + i * (n + 3)) % 97 for i in range(2000)] for n in range(3)]
+OPTIONS = [{}, {}, {}, {"ratio": 2}, {"ratio": 1}, {"budget": 150}, {"boundary": 600}, {"budget": 60, "boundary": 900}]
+
+
+class Running(list):
+    """The requests that decode, as SGLang's batch of them answers."""
+
+    batch_is_full = False
+
+    @property
+    def reqs(self):
+        return self
+
+    def is_empty(self):
+        return not self
+
+    def check_decode_mem(self):
+        return True
+
+
+class Serving(RuleBasedStateMachine):
+    """One scheduler, driven as SGLang's loop drives it."""
+
+    page, chunk, during_prefill, keep_raw = 1, None, False, True
+
+    @initialize()
+    def start(self):
+        self.machine = Machine(
+            POOL, self.page, self.chunk, keep_raw=self.keep_raw, during_prefill=self.during_prefill,
+            min_tokens=100, window=WINDOW, index_tokens=8000,
+        )  # fmt: skip
+        scheduler, hooks = self.machine.scheduler, self.machine.hooks
+        scheduler.running_batch = self.running = Running()
+        scheduler.chunked_prefill_size, scheduler.max_total_num_tokens = self.chunk, POOL
+        scheduler.max_req_input_len, scheduler.model_config = POOL, SimpleNamespace(context_len=CONTEXT)
+        hooks.admission = Admission(scheduler, hooks.config, hooks.adapter)
+        hooks.chunk_guard = ChunkGuard(scheduler, hooks.adapter)
+        self.waiting, self.chunked, self.indexed = [], None, []
+        index = self.machine.tree.chains
+        add = index.add
+
+        def noting(tenant, namespace, chain, ids):
+            self.indexed.append((chain, namespace, ids[: chain.required_tokens]))
+            return add(tenant, namespace, chain, ids)
+
+        index.add = noting
+
+    # -- what may happen -----------------------------------------------------------------------------------------
+
+    @rule(
+        document=st.integers(0, 2), head=st.sampled_from([300, 900, 2000]), question=st.integers(1, 400),
+        first=st.integers(0, 3), options=st.sampled_from(OPTIONS), salt=st.sampled_from([None, None, "b"]),
+        max_new_tokens=st.sampled_from([0, 1, 12, 40]), copies=st.sampled_from([1, 1, 2]),
+    )  # fmt: skip
+    def arrive(self, document, head, question, first, options, salt, max_new_tokens, copies):
+        ids = DOCUMENTS[document][:head] + [first] + [first + i % 5 for i in range(question - 1)]
+        options = {name: value for name, value in options.items() if name != "boundary" or value < len(ids)}
+        for _ in range(copies):
+            req = self.machine.arrive(ids, salt=salt, max_new_tokens=max_new_tokens, **options)
+            self.waiting.append(req)
+
+    @rule()
+    def step(self):
+        """One iteration of the scheduler: a prefill batch if anything can be let in, else all decode a token."""
+        machine, hooks = self.machine, self.machine.hooks
+        adder = PrefillAdder(self.page, machine.tree, machine.allocator, self.running, 1.0, 16384, self.chunk)
+        reserve = PrefillAdder._request_slot_reserve_for_req
+
+        def reserving(adder, req, *, extend_input_len=None):
+            return reserve(adder, req, extend_input_len=extend_input_len) + hooks.extra_slots(
+                req, extend_input_len is None
+            )
+
+        with patch.object(PrefillAdder, "_request_slot_reserve_for_req", reserving):
+            if self.chunked is not None:
+                self.chunked = hooks.add_chunk(PrefillAdder.add_chunked_req, adder, self.chunked)
+            for req in list(self.waiting):
+                if len(self.running) + len(adder.can_run_list) >= machine.rows.size - 1:
+                    break
+                self.match(req)
+                verdict = adder.add_one_req(req, has_chunked_req=self.chunked is not None, truncation_align_size=None)
+                if verdict is not AddReqResult.CONTINUE:
+                    break
+        reqs = adder.can_run_list
+        self.waiting = [req for req in self.waiting if req not in reqs]
+        self.chunked = adder.new_chunked_req or self.chunked
+        if not reqs:
+            self.decode()
+            return
+        machine.rows.alloc(reqs)
+        for req in reqs:
+            if req.kv.kv_allocated_len == 0:
+                prefix = machine.tree.path_device_indices(req.last_node)[: req.prefix_len]
+                machine.rows.write(
+                    (req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix.to(machine.rows.req_to_token.dtype)
+                )
+        lent = machine.compressor.committer.reserve
+        with patch.object(machine.compressor.committer, "reserve", lambda slots: self.never_none(lent(slots))):
+            machine.forward(reqs, [req.extend_end for req in reqs])
+        for req in reqs:
+            if req is not self.chunked:
+                machine.decode(req, [3])
+                self.running.append(req) if req.sampling_params.max_new_tokens > 1 else machine.finish(req)
+
+    def decode(self):
+        for req in list(self.running):
+            self.machine.decode(req, [len(req.output_ids) % 5])
+            if len(req.output_ids) >= req.sampling_params.max_new_tokens:
+                self.finish(req)
+
+    @precondition(lambda self: self.running)
+    @rule(number=st.integers(0, 7))
+    def finish_early(self, number):
+        self.finish(self.running[number % len(self.running)])
+
+    @precondition(lambda self: self.running)
+    @rule(number=st.integers(0, 7))
+    def retract(self, number):
+        req = self.running.pop(number % len(self.running))
+        self.machine.retract(req)
+        self.waiting.insert(0, req)
+
+    @precondition(lambda self: self.waiting)
+    @rule(number=st.integers(0, 7))
+    def abort_a_waiting_one(self, number):
+        self.waiting.pop(number % len(self.waiting))
+
+    @rule(share=st.sampled_from([0.3, 1.0]))
+    def evict(self, share):
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+        self.machine.tree.evict(EvictParams(num_tokens=int(self.machine.tree.evictable_size() * share)))
+
+    @rule()
+    def update_weights(self):
+        self.machine.compressor.generation += 1
+        self.machine.tree.chains.clear()
+
+    # -- what must hold ------------------------------------------------------------------------------------------
+
+    def never_none(self, slots):
+        assert slots is not None, "let in without room for its consolidated entries"
+        return slots
+
+    def match(self, req: Req) -> None:
+        self.machine.match(req, self.machine.hooks.match_prefix)
+        state = req.metasoft
+        ids, chain = self.machine.ids(req), state.chain
+        assert req.prefix_len + state.offset < len(ids)
+        if chain is None:
+            assert req.origin_input_ids is state.raw_ids
+            return
+        assert req.prefix_len >= chain.slots, "a chain that the tree does not hold was named"
+        namespace = self.machine.compressor.namespace(req)
+        required = next(ids for known, owner, ids in self.indexed if known is chain and owner == namespace)
+        assert ids[: len(required)] == required
+        assert req.origin_input_ids == chain.virtual_ids + state.raw_ids[chain.tokens :]
+
+    def finish(self, req):
+        self.running.remove(req)
+        self.machine.finish(req)
+
+    @invariant()
+    def slots_and_locks_add_up(self):
+        if not hasattr(self, "machine"):
+            return
+        machine, tree = self.machine, self.machine.tree
+        holders = [*self.running, *([self.chunked] if self.chunked else [])]
+        locked, owned = set(), 0
+        for req in holders:
+            row = machine.compressor.committer.row(req)
+            locked.update(row[: req.kv.cache_protected_len].tolist())
+            owned += -(-req.kv.kv_allocated_len // self.page) * self.page - req.kv.cache_protected_len
+            state = req.metasoft
+            computed = len(state.raw_ids) + max(len(req.output_ids) - 1, 0)
+            if req is not self.chunked:
+                assert req.kv.kv_allocated_len + state.offset == computed
+                assert state.report()["metasoft_kv_tokens"] + state.offset == len(state.raw_ids)
+            machine.check_row(req, req.kv.kv_allocated_len)
+        # A request may hold its lock for longer than it holds the node's slots: until it publishes again.
+        assert tree.protected_size() >= len(locked)
+        assert machine.allocator.available_size() + tree.evictable_size() + tree.protected_size() + owned == POOL
+        assert tree.chains.num_tokens <= 8000
+
+    def teardown(self):
+        if not hasattr(self, "machine"):
+            return
+        for _ in range(2000):
+            if not (self.waiting or self.running or self.chunked):
+                break
+            self.step()
+        assert not (self.waiting or self.running or self.chunked), "a request never gets in"
+        self.machine.check_idle()
+
+
+@pytest.mark.parametrize("keep_raw", [True, False], ids=["keep-raw", "free-raw"])
+@pytest.mark.parametrize(("chunk", "during_prefill"), [(None, False), (256, False), (256, True)])
+@pytest.mark.parametrize("page", [1, 16])
+def test_any_order_of_events(page, chunk, during_prefill, keep_raw):
+    settings_ = settings(
+        derandomize=True, database=None, deadline=None, max_examples=6, stateful_step_count=40,
+        phases=(Phase.generate,), suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    attributes = {"page": page, "chunk": chunk, "during_prefill": during_prefill, "keep_raw": keep_raw}
+    run_state_machine_as_test(type("ServingCase", (Serving,), attributes), settings=settings_)

@@ -65,7 +65,7 @@ class Serving(RuleBasedStateMachine):
         scheduler.max_req_input_len, scheduler.model_config = POOL, SimpleNamespace(context_len=CONTEXT)
         hooks.admission = Admission(scheduler, hooks.config, hooks.adapter)
         hooks.chunk_guard = ChunkGuard(scheduler, hooks.adapter)
-        self.waiting, self.chunked, self.indexed = [], None, []
+        self.waiting, self.chunked, self.indexed, self.sent = [], None, [], []
         index = self.machine.tree.chains
         add = index.add
 
@@ -80,16 +80,30 @@ class Serving(RuleBasedStateMachine):
     @rule(
         document=st.integers(0, 2), head=st.sampled_from([300, 900, 2000]), question=st.integers(1, 400),
         first=st.integers(0, 3), options=st.sampled_from(OPTIONS), salt=st.sampled_from([None, None, "b"]),
-        max_new_tokens=st.sampled_from([0, 1, 12, 40]), copies=st.sampled_from([1, 1, 2]),
+        max_new_tokens=st.sampled_from([0, 1, 12, 300]), copies=st.sampled_from([1, 1, 4]),
     )  # fmt: skip
     def arrive(self, document, head, question, first, options, salt, max_new_tokens, copies):
         ids = DOCUMENTS[document][:head] + [first] + [first + i % 5 for i in range(question - 1)]
         options = {name: value for name, value in options.items() if name != "boundary" or value < len(ids)}
+        self.sent.append((ids, {"salt": salt, "max_new_tokens": max_new_tokens, **options}))
         for _ in range(copies):
-            req = self.machine.arrive(ids, salt=salt, max_new_tokens=max_new_tokens, **options)
-            self.waiting.append(req)
+            self.waiting.append(self.machine.arrive(ids, **self.sent[-1][1]))
 
-    @rule()
+    @precondition(lambda self: self.sent)
+    @rule(number=st.integers(0, 9), turns=st.sampled_from([0, 0, 150]))
+    def send_again(self, number, turns):
+        """A repeat, or the next turn of a chat."""
+        ids, fields = self.sent[number % len(self.sent)]
+        ids = ids + [5] * turns
+        if len(ids) < 3000:
+            self.sent.append((ids, fields))
+            self.waiting.append(self.machine.arrive(ids, **fields))
+
+    @rule(times=st.integers(1, 9))
+    def steps(self, times):
+        for _ in range(times):
+            self.step()
+
     def step(self):
         """One iteration of the scheduler: a prefill batch if anything can be let in, else all decode a token."""
         machine, hooks = self.machine, self.machine.hooks
@@ -228,7 +242,7 @@ class Serving(RuleBasedStateMachine):
 @pytest.mark.parametrize("page", [1, 16])
 def test_any_order_of_events(page, chunk, during_prefill, keep_raw):
     settings_ = settings(
-        derandomize=True, database=None, deadline=None, max_examples=6, stateful_step_count=40,
+        derandomize=True, database=None, deadline=None, max_examples=8, stateful_step_count=40,
         phases=(Phase.generate,), suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     attributes = {"page": page, "chunk": chunk, "during_prefill": during_prefill, "keep_raw": keep_raw}

@@ -13,7 +13,7 @@ WORKERS ?= $(if $(shell command -v nvidia-smi),0,2)
 # Files in their order, servers before the unit tests: the last ones are short, so that both end together.
 TWO_AT_A_TIME := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo serve tools test test-all test-fast gpu-test gpu-pack bench-memory soak eval train-demo lint docs clean
+.PHONY: demo serve tools test test-all test-fast gpu-test gpu-pack bench-memory soak fuzz eval train-demo lint docs clean
 .PHONY: $(OTHERS:%=test-%) $(OTHERS:%=test-%-identity)
 
 demo: $(INSTALLED)
@@ -94,6 +94,11 @@ train-demo: $(MODEL)
 
 soak: $(MODEL)
 	$(BIN)/python tests/soak.py --seconds 600 --faults
+
+# Random requests against plain SGLang as the oracle, with a new seed each time; SEED=, SECONDS= and VARIANT= say otherwise.
+fuzz: $(MODEL)
+	$(BIN)/python -m tests.differential.fuzz $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	  $(if $(VARIANT),--variant $(VARIANT))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -51,6 +51,11 @@ def model_dir(full_model_dir) -> Path:
 
     Tests of what the model says override this with ``full_model_dir``.
     """
+    return make_first_layers(full_model_dir)
+
+
+def make_first_layers(full_model_dir: Path) -> Path:
+    """Write the folder of :func:`model_dir`, once."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = DEMO_FOLDER / f"first-{TEST_LAYERS}-layers"

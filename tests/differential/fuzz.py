@@ -1,0 +1,105 @@
+"""Random programs against plain SGLang as the oracle, until the time is over or one fails; that one is made small.
+
+    python -m tests.differential.fuzz [--seconds 600] [--seed N] [--variant chunks] [--replay kept.json ...]
+
+Prints its seed first, and a failing program as JSON: put that into ``tests/differential/kept/`` to have it replayed.
+"""
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+
+from tests.differential.programs import Run
+from tests.differential.servers import VARIANTS, Fleet
+from tests.differential.strategies import programs
+
+EXAMPLES_AT_ONCE = 25
+FAILING = Path(".fuzz")
+
+
+class Failed(AssertionError):
+    """A program came out wrong; the message ends with it."""
+
+
+def check(fleet: Fleet, tokenizer, document_ids, program: dict) -> Counter:
+    """Run one program; returns what was seen.
+
+    Raises:
+        Failed: something differs from plain SGLang, or is unsound.
+    """
+    run = Run(fleet, tokenizer, document_ids)
+    if problems := run.run(program):
+        FAILING.mkdir(exist_ok=True)
+        text = json.dumps(program, indent=1)
+        (FAILING / "last.json").write_text(text)
+        raise Failed("\n".join([*problems, "", "The program, to keep:", json.dumps(program)]))
+    return run.counts
+
+
+def search(fleet: Fleet, tokenizer, document_ids, number: int, examples: int, seconds: float = 1e9) -> Counter:
+    """Run the programs of one seed; a failing one is made smaller while there is time.
+
+    Returns:
+        What was seen, the number of programs among it.
+    """
+    end = time.monotonic() + seconds
+    counts: Counter = Counter()
+
+    @seed(number)
+    @settings(
+        max_examples=examples, deadline=None, database=None, report_multiple_bugs=False, verbosity=Verbosity.quiet,
+        phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(programs)
+    def run(program):
+        if time.monotonic() < end:
+            counts["programs"] += 1
+            counts.update(check(fleet, tokenizer, document_ids, program))
+
+    run()
+    return counts
+
+
+def main() -> int:
+    from transformers import AutoTokenizer
+
+    from sglang_metasoft.demo import model as demo_model
+    from tests.conftest import DEMO_FOLDER, make_first_layers
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=None, help="default: a new one")
+    parser.add_argument("--variant", choices=VARIANTS, help="flags of the servers; default: by the seed")
+    parser.add_argument("--replay", nargs="*", type=Path, help="run these programs alone")
+    args = parser.parse_args()
+    first = random.SystemRandom().randrange(10**9) if args.seed is None else args.seed
+    variant = args.variant or sorted(VARIANTS)[first % len(VARIANTS)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # stops the servers too
+    model = make_first_layers(demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    document_ids = tokenizer((Path(demo_model.__file__).parent / "document.txt").read_text())["input_ids"]
+    folder = Path(tempfile.mkdtemp())
+    print(f"SEED={first} variant {variant}; the servers' logs: {folder}", flush=True)
+    with Fleet(model, folder, variant) as fleet:
+        for path in args.replay or ():
+            print(path, Run(fleet, tokenizer, document_ids).run(json.loads(path.read_text())))
+        if args.replay:
+            return 0
+        end, counts, number = time.monotonic() + args.seconds, Counter(), first
+        while time.monotonic() < end:
+            counts += search(fleet, tokenizer, document_ids, number, EXAMPLES_AT_ONCE, end - time.monotonic())
+            number += 1
+            print(dict(sorted(counts.items())), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

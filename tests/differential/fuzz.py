@@ -52,6 +52,7 @@ def search(fleet: Fleet, tokenizer, document_ids, number: int, examples: int, se
     """
     end = time.monotonic() + seconds
     counts: Counter = Counter()
+    has_failed = False
 
     @seed(number)
     @settings(
@@ -60,9 +61,14 @@ def search(fleet: Fleet, tokenizer, document_ids, number: int, examples: int, se
     )  # fmt: skip
     @given(programs)
     def run(program):
-        if time.monotonic() < end:
+        nonlocal has_failed
+        if has_failed or time.monotonic() < end:  # a failing one is run until it is small
             counts["programs"] += 1
-            counts.update(check(fleet, tokenizer, document_ids, program))
+            try:
+                counts.update(check(fleet, tokenizer, document_ids, program))
+            except Failed:
+                has_failed = True
+                raise
 
     run()
     return counts

@@ -140,6 +140,8 @@ def generate(draw) -> dict:
     if draw(st.booleans()):
         sampling["ignore_eos"] = True
     sampling |= draw(mostly(st.just({}), some(oddly(SAMPLING, ["stop", "n", "top_k", "min_new_tokens"])), 2))
+    if draw(mostly(st.just(False), yes, 12)):
+        sampling |= {"beam_width": draw(st.integers(2, 3)), "max_new_tokens": draw(st.integers(2, 12))}
     if draw(mostly(st.just(False), yes, 5)):
         sampling["custom_params"] = draw(custom_params)
     kind = draw(mostly(st.just("ids"), st.sampled_from(["text", "batch", "text batch", "embeds"]), 4))

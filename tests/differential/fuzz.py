@@ -21,7 +21,7 @@ from tests.differential.programs import Run
 from tests.differential.servers import VARIANTS, Fleet
 from tests.differential.strategies import programs
 
-EXAMPLES_AT_ONCE = 25
+EXAMPLES_AT_ONCE = 10
 FAILING = Path(".fuzz")
 
 
@@ -38,9 +38,9 @@ def check(fleet: Fleet, tokenizer, document_ids, program: dict) -> Counter:
     run = Run(fleet, tokenizer, document_ids)
     if problems := run.run(program):
         FAILING.mkdir(exist_ok=True)
-        text = json.dumps(program, indent=1)
-        (FAILING / "last.json").write_text(text)
-        raise Failed("\n".join([*problems, "", "The program, to keep:", json.dumps(program)]))
+        (FAILING / "last.json").write_text(json.dumps(program, indent=1))
+        (FAILING / "last.txt").write_text(words := "\n".join(problems))
+        raise Failed(f"{words}\n\nThe program, to keep:\n{json.dumps(program)}")
     return run.counts
 
 
@@ -88,7 +88,7 @@ def main() -> int:
     args = parser.parse_args()
     first = random.SystemRandom().randrange(10**9) if args.seed is None else args.seed
     variant = args.variant or sorted(VARIANTS)[first % len(VARIANTS)]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # stops the servers too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are stopped too
     model = make_first_layers(demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct"))
     tokenizer = AutoTokenizer.from_pretrained(model)
     document_ids = tokenizer((Path(demo_model.__file__).parent / "document.txt").read_text())["input_ids"]

@@ -56,7 +56,7 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
         return [] if 400 <= ours.status < 500 else [f"HTTP {ours.status}, not refused: {shortened(ours.body)}"]
     if {"hang_up", "abort"} & set(step) or plain.status == 0 or plain.status >= 500:
         return []
-    if plain.status == 200 and ours.status == 400 and _names_boundary(plain, ours):
+    if plain.status == 200 and _refuses_boundary(ours):
         return []
     if plain.status != ours.status:
         return [f"HTTP {ours.status}, plain {plain.status}: {shortened(ours.body)}"]
@@ -90,10 +90,12 @@ def cached_slack_of(ours: Outcome) -> float:
     return WINDOW + 2 * PAGE if keeps_every_entry(ours.sent) and not is_raw else math.inf
 
 
-def _names_boundary(plain: Outcome, ours: Outcome) -> bool:
-    """A boundary behind the prompt's end is ours to refuse."""
+def _refuses_boundary(ours: Outcome) -> bool:
+    """Whether ours refused, by status or in a stream, a boundary behind the prompt's end, ignored by plain SGLang."""
     options = sampling_of(ours.sent).get("custom_params")
-    return isinstance(options, dict) and "metasoft_boundary" in options and "metasoft_boundary" in json.dumps(ours.body)
+    return (
+        isinstance(options, dict) and "metasoft_boundary" in options and "metasoft_boundary=" in json.dumps(ours.body)
+    )
 
 
 def keeps_every_entry(sent: dict) -> bool:

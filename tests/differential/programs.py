@@ -7,7 +7,8 @@ from tests.differential import oracle
 from tests.differential.servers import Fleet, Outcome, post, send, tracebacks, unsoundness
 
 MOST_AT_ONCE = 8
-PLACEHOLDERS = {"ids", "text", "messages", "response_of", "model"}
+HIDDEN_SIZE = 576
+PLACEHOLDERS = {"ids", "text", "messages", "response_of", "model", "embeds"}
 
 
 class Run:
@@ -115,6 +116,8 @@ class Run:
                 for role, parts in value["messages"]
             ]
             return self._earlier_messages(before) + own
+        if "embeds" in value:
+            return [[0.01] * HIDDEN_SIZE] * value["embeds"]
         if "model" in value:
             return str(self.fleet.model)
         step = value["response_of"]

@@ -15,6 +15,7 @@ Placeholders in a body are replaced when it is sent (``programs.resolve``):
     {"text": [[start, length], ...]}                    the same slices as text
     {"messages": [[role, slices], ...], "after": step}  behind an earlier step's messages and answer
     {"response_of": step}                               the id that an earlier answer has
+    {"embeds": n}, {"model": true}                      n embeddings; the model's folder
 """
 
 from hypothesis import strategies as st
@@ -151,7 +152,7 @@ def generate(draw) -> dict:
     elif kind == "text":
         body["text"] = draw(texts)
     elif kind == "embeds":
-        body["input_embeds"] = [[0.01] * 576] * draw(st.sampled_from([1, 5, SPAN + 10]))
+        body["input_embeds"] = {"embeds": draw(st.sampled_from([1, 5, SPAN + 10]))}
     else:
         many = draw(st.lists(ids if kind == "batch" else texts, min_size=1, max_size=3))
         body["input_ids" if kind == "batch" else "text"] = many
@@ -288,7 +289,7 @@ def ended(draw, requests) -> dict:
     sampling = step["body"].get("sampling_params", step["body"])
     for name in ("max_new_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens"):
         if name in sampling:
-            sampling[name] = 200
+            sampling[name] = 50
     step["body"]["rid"] = f"ended-{draw(st.integers(0, 9))}"
     step[draw(st.sampled_from(["hang_up", "abort"]))] = draw(st.sampled_from([0.05, 0.2, 0.6]))
     return step

@@ -97,7 +97,7 @@ soak: $(MODEL)
 
 # Random requests against plain SGLang as the oracle, with a new seed each time; SEED=, SECONDS= and VARIANT= say otherwise.
 fuzz: $(MODEL)
-	$(BIN)/python -m tests.differential.fuzz $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.differential.fuzz $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) \
 	  $(if $(VARIANT),--variant $(VARIANT))
 
 lint: $(INSTALLED)

@@ -11,6 +11,7 @@ import requests
 
 from sglang_metasoft.demo.server import Server
 from tests.differential.streams import read_stream
+from tests.server import forked
 from tests.server.checks import inside_env, inside_lines
 
 POOL_TOKENS, MIN_TOKENS, WINDOW = 8192, 64, 32
@@ -84,12 +85,14 @@ class Fleet:
         """Start those that do not run."""
         dead = [name for name in self.NAMES if not self.is_alive(name)]
         self.starts += len(dead)
+        if forked.IS_ON:
+            forked.parent()  # one, before several threads ask for it
         for name, server in zip(dead, self._pool.map(self._start, dead), strict=True):
             self.servers[name] = server
 
     def _start(self, name: str) -> Server:
         log = self.folder / f"{name.replace(' ', '-')}-{self.starts}.log"
-        return Server(self.model, self.flags[name], log=log, env=inside_env() | {"OMP_NUM_THREADS": "1"})
+        return forked.start(self.model, self.flags[name], log=log, env=inside_env())
 
     def is_alive(self, name: str) -> bool:
         """Whether the server's process runs; it ends when its scheduler does."""

@@ -66,7 +66,7 @@ def search(fleet: Fleet, tokenizer, document_ids, number: int, examples: int, se
             counts["programs"] += 1
             try:
                 counts.update(check(fleet, tokenizer, document_ids, program))
-            except Failed:
+            except Exception:
                 has_failed = True
                 raise
 

@@ -89,6 +89,7 @@ class Run:
     def _check_servers(self, known: dict[str, int]) -> None:
         unsound = self.fleet.each(lambda name: unsoundness(self.fleet.servers[name], name != "plain"))
         new = {name: tracebacks(server)[known[name] :] for name, server in self.fleet.servers.items()}
+        self.counts["plain SGLang died"] += bool(unsound["plain"])
         for name in Fleet.NAMES[1:]:
             if unsound[name] and not unsound["plain"]:
                 self.problems.append(f"{name}: {unsound[name]}")
@@ -103,7 +104,7 @@ class Run:
             return [self.resolve(one, name, history) for one in value]
         if not isinstance(value, dict):
             return value
-        if not (value and PLACEHOLDERS & set(value) and set(value) <= PLACEHOLDERS | {"after"}):
+        if not (len(PLACEHOLDERS & set(value)) == 1 and len(set(value) - {"after"}) == 1):
             return {key: self.resolve(one, name, history) for key, one in value.items()}
         before = history[value["after"]] if value.get("after", len(history)) < len(history) else None
         if "ids" in value:

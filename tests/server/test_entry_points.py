@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from sglang_metasoft.demo.server import Server, ServerFailed
+from sglang_metasoft.demo.server import ServerFailed
 from sglang_metasoft.soft_tokens import SoftTokens
 from sglang_metasoft.types import ModelShape
+from tests.server.forked import start
 
 pytestmark = pytest.mark.server
+
+AS_USERS_DO = {"entry": ("-m", "sglang.launch_server")}  # not forked
 
 ENGINE_SCRIPT = """
 import sys
@@ -42,17 +45,17 @@ def test_engine(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("flags", "words", "entry"),
     [
-        (["--metasoft-ratio", "0"], "'0' is not allowed; allowed: a number >= 1"),
-        (["--disable-radix-cache"], "--enable-metasoft cannot run with no radix cache"),
-        (["--metasoft-path", "/"], "metasoft path: '/' lacks config.json and model.safetensors"),
+        (["--metasoft-ratio", "0"], "'0' is not allowed; allowed: a number >= 1", {}),
+        (["--disable-radix-cache"], "--enable-metasoft cannot run with no radix cache", AS_USERS_DO),
+        (["--metasoft-path", "/"], "metasoft path: '/' lacks config.json and model.safetensors", {}),
     ],
     ids=["value", "feature", "compressor"],
 )
-def test_a_wrong_start_fails_in_one_clear_sentence(model_dir, tmp_path, flags, words):
+def test_a_wrong_start_fails_in_one_clear_sentence(model_dir, tmp_path, flags, words, entry):
     with pytest.raises(ServerFailed):
-        Server(model_dir, ["--enable-metasoft", *flags], log=tmp_path / "log")
+        start(model_dir, ["--enable-metasoft", *flags], log=tmp_path / "log", **entry)
     lines = (tmp_path / "log").read_text().splitlines()
     assert any(words.replace("'0'", "0") in line.replace("'0'", "0") for line in lines), "\n".join(lines[-20:])
     assert "Load weight begin" not in "\n".join(lines)
@@ -71,7 +74,7 @@ def test_a_truncated_compressor_fails_before_the_model_loads(model_dir, tmp_path
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     words = f"metasoft path: '{folder}': model.safetensors cannot be read: "
-    test_a_wrong_start_fails_in_one_clear_sentence(model_dir, tmp_path, ["--metasoft-path", str(folder)], words)
+    test_a_wrong_start_fails_in_one_clear_sentence(model_dir, tmp_path, ["--metasoft-path", str(folder)], words, {})
 
 
 def test_sglang_serve(start_server, document_ids):

@@ -2,6 +2,7 @@
 
 from array import array
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import requests
@@ -64,6 +65,7 @@ def server(start_server):
 
 def test_no_reason_lacks_a_row():
     assert sorted([*REQUESTS, *RECORDS, *ELSEWHERE]) == sorted(Bypass)
+    assert all(f'"{reason.value}"' in Path(__file__).with_name(name).read_text() for reason, name in ELSEWHERE.items())
 
 
 @pytest.mark.parametrize("reason", REQUESTS, ids=lambda reason: reason.value)

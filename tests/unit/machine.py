@@ -142,7 +142,7 @@ class Machine:
         for req, end in zip(reqs, ends, strict=True):
             self.extend(req, end)
         lengths = torch.tensor([req.extend_end for req in reqs])
-        batch = SimpleNamespace(reqs=reqs, decoding_reqs=None, seq_lens=lengths, seq_lens_cpu=lengths)
+        batch = SimpleNamespace(reqs=reqs, decoding_reqs=None, beam_tail=None, seq_lens=lengths, seq_lens_cpu=lengths)
         self.compressor.compress_finished(batch)
         assert batch.seq_lens.tolist() == [req.extend_end for req in reqs]
         for req in reqs:

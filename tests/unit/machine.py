@@ -144,7 +144,7 @@ class Machine:
         lengths = torch.tensor([req.extend_end for req in reqs])
         batch = SimpleNamespace(reqs=reqs, decoding_reqs=None, beam_tail=None, seq_lens=lengths, seq_lens_cpu=lengths)
         self.compressor.compress_finished(batch)
-        assert batch.seq_lens.tolist() == [req.extend_end for req in reqs]
+        assert batch.seq_lens.tolist() == batch.seq_lens_cpu.tolist() == [req.extend_end for req in reqs]
         for req in reqs:
             checkpoint_kv_cache(req, self.tree)
             self.check_row(req, req.extend_end)

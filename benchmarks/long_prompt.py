@@ -1,7 +1,7 @@
 """The prefill of a long prompt: plain, compressed after it, compressed during it (so that attention reads less).
 
 Also served from a pool of a third of the prompt, which only the last can do. Seconds are those of whole requests with
-two output tokens, median of the repeats, each with another prompt.
+two output tokens, median of the repeats, each with another prompt; CPU seconds are the scheduler's own.
 
     python benchmarks/long_prompt.py [--prompt-tokens 7680] [--chunk 512] [--repeats 3] [--output long.json]
 """
@@ -30,16 +30,21 @@ VARIANTS = {
 def measure(server: Server, prompts: list[list[int]]) -> dict:
     """Seconds of each prompt, or the server's refusal."""
     server.generate(prompts[0][:600], 2)
-    seconds, kv_tokens = [], []
+    seconds, cpu_seconds, kv_tokens = [], [], []
     for prompt in prompts:
-        begin = time.monotonic()
+        begin, cpu_begin = time.monotonic(), server.cpu_seconds()
         try:
             meta = server.generate(prompt, 2)["meta_info"]
         except requests.HTTPError as error:
             return {"refused": error.response.json()["error"]["message"]}
         seconds.append(round(time.monotonic() - begin, 2))
+        cpu_seconds.append(round(server.cpu_seconds() - cpu_begin, 2))
         kv_tokens.append(meta.get("metasoft_kv_tokens", len(prompt)))
-    return {"median_seconds": statistics.median(seconds), "seconds": seconds, "kv_tokens": kv_tokens[0]}
+    medians = {
+        "median_seconds": statistics.median(seconds),
+        "median_cpu_seconds": statistics.median(cpu_seconds),
+    }
+    return medians | {"seconds": seconds, "cpu_seconds": cpu_seconds, "kv_tokens": kv_tokens[0]}
 
 
 def main() -> None:

@@ -40,17 +40,18 @@ def measure(model: Path, flags: list[str], prompts: list[list[int]], new_tokens:
     with tempfile.TemporaryDirectory() as scratch:
         all_flags = [*COMMON, "--max-total-tokens", str(pool_tokens), *flags]
         with Server(model, all_flags, log=Path(scratch) / "server.log") as server:
-            begin = time.monotonic()
+            begin, cpu_begin = time.monotonic(), server.cpu_seconds()
             with PeakWatcher(server) as watcher, ThreadPoolExecutor(len(prompts)) as pool:
                 responses = list(
                     pool.map(lambda ids: server.generate(ids, new_tokens, sampling_params=sampling), prompts)
                 )
-            seconds = time.monotonic() - begin
+            seconds, cpu_seconds = time.monotonic() - begin, server.cpu_seconds() - cpu_begin
     metas = [response["meta_info"] for response in responses]
     assert all(meta["completion_tokens"] == new_tokens for meta in metas)
     return {
         "peak_running_requests": watcher.peak_running,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "retractions": sum(meta["num_retractions"] for meta in metas),
         "bypassed": sorted(meta["metasoft_bypass"] for meta in metas if "metasoft_bypass" in meta),
         "pool_tokens": pool_tokens,

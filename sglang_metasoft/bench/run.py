@@ -109,18 +109,19 @@ def drive(server: Server, model: Path, name: str, size: Size, folder: Path) -> d
         "--model", str(model), "--output-file", str(output), "--seed", "1", "--flush-cache", "--warmup-requests", "0",
         "--disable-tqdm", *WORKLOADS[name](size),
     ]  # fmt: skip
-    before = server.metrics()
+    before, cpu_before = server.metrics(), server.cpu_seconds()
     with PeakWatcher(server) as watcher:
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode or not output.is_file():
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
         raise BenchFailed(f"bench: workload {name} failed:\n{tail}")
     measured = json.loads(output.read_text().splitlines()[-1])
-    after = server.metrics()
+    after, cpu_seconds = server.metrics(), server.cpu_seconds() - cpu_before
     record = {
         "workload": name,
         "completed": measured["completed"],
         "seconds": measured["duration"],
+        "cpu_seconds": cpu_seconds,
         "output_tokens_per_second": measured["output_throughput"],
         "peak_running": watcher.peak_running,
         "peak_used_tokens": watcher.peak_used_tokens,

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import requests
 
 READY_TIMEOUT_SECONDS = 600
@@ -138,6 +139,15 @@ class Server:
             ):
                 values[match[1]] = values.get(match[1], 0.0) + float(match[3])
         return values
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds that the schedulers took so far: where other work shares the cores, this is what to compare.
+
+        Model, attention and compression run there. A scheduler without requests takes them too.
+        """
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        times = [process.cpu_times() for process in family if "sglang::scheduler" in " ".join(process.cmdline())]
+        return sum(taken.user + taken.system for taken in times)
 
     def info(self) -> dict:
         """``GET /server_info``."""

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -176,7 +177,8 @@ class SoftTokens(nn.Module):
             module.load_state_dict(read_weights(folder / WEIGHTS_NAME), assign=True)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"metasoft path: {path!r}: {WEIGHTS_NAME} cannot be read: {error}") from None
-        check_embedding(path, config, module.embedding_check, shape, embed, device)
+        module.check_again = partial(check_embedding, path, config, module.embedding_check, shape, embed, device)
+        module.check_again()
         return module.seal(device)
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ class StaticTokens:
     """The same soft tokens for every prompt."""
 
     tokens: torch.Tensor  # [k, D] float32
+    check_again: Callable[[], None] | None = None  # raises ValueError if the served model's embeddings are others now
 
     @property
     def count(self) -> int:
@@ -78,5 +81,6 @@ class StaticTokens:
             weights = read_weights(folder / WEIGHTS_NAME)
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"metasoft path: {path!r}: {WEIGHTS_NAME} cannot be read: {error}") from None
-        check_embedding(path, config, weights["embedding_check"], shape, embed, device)
-        return cls(weights["static_tokens"].to(device))
+        check_again = partial(check_embedding, path, config, weights["embedding_check"], shape, embed, device)
+        check_again()
+        return cls(weights["static_tokens"].to(device), check_again)

@@ -35,6 +35,7 @@ class Bypass(enum.StrEnum):
     WATERMARK = "watermark", "is watermarked, which reads prompt ids"
     ROUTED_EXPERTS = "routed_experts", "asks for the experts or indices of each prompt token"
     SHARED_WINDOW = "shared_window", "found its own window in the tree already, so that its slots cannot move"
+    WEIGHTS = "weights", "came while the model's weights, after an update, did not fit the trained compressor"
     NO_FREE_SLOTS = "no_free_slots", "came when the pool had no room for the consolidated entries"
     FAULT = "fault", "met a fault in a stage; the server's log has it"
 

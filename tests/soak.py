@@ -36,7 +36,7 @@ ROUND_TASKS = 50
 ROUNDS_PER_POOL_CHECK = 15
 FLAGS = "--page-size 16 --chunked-prefill-size 512 --enable-mixed-chunk"
 RETRACTION = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "10"}
-FAULTS = dict(probe=0.05, reserve=0.05, nan=0.05, layer=0.05, write=0.05)
+FAULTS = dict(probe=0.05, reserve=0.05, job=0.05, nan=0.05, layer=0.05, write=0.05)
 OPTIONS = [
     *[{}] * 5, {"metasoft_ratio": 1}, {"metasoft_ratio": 2}, {"metasoft_ratio": 8}, {"metasoft_budget": 1},
     {"metasoft_budget": 100}, {"metasoft_budget": 300},

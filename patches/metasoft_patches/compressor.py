@@ -2,12 +2,15 @@
 
 import contextlib
 import logging
+from typing import NamedTuple
 
 import torch
 
 from metasoft_patches.admission import bypass_reason
+from metasoft_patches.fence import LaunchFence
 from metasoft_patches.metrics import Metrics, stage_of
 from metasoft_patches.model import check_model, model_shape
+from metasoft_patches.ranks import InStepFault, Outcome, Ranks
 from metasoft_patches.request import RequestState
 from metasoft_patches.stages import StageRunner
 from metasoft_patches.transfer import to_device
@@ -21,6 +24,16 @@ logger = logging.getLogger(__name__)
 
 # Chains of one prompt that are tried against the tree; more exist only where prompts nearly repeat each other.
 MAX_CANDIDATES = 3
+
+
+class Reserved(NamedTuple):
+    """A request that is about to be compressed."""
+
+    position: int  # in the batch
+    req: object
+    plan: Plan
+    slots: torch.Tensor | None  # [B] for the consolidated entries; None: there was no room on this rank
+    outcome: Outcome  # so far
 
 
 class SchedulerCompressor:
@@ -47,6 +60,7 @@ class SchedulerCompressor:
         reporter = scheduler.metrics_reporter
         has_metrics = reporter.current_scheduler_metrics_enabled
         self.metrics = Metrics(reporter.metrics_collector.labels) if has_metrics else None
+        self.ranks, self.fence = Ranks(), LaunchFence(scheduler)
         self.stages = StageRunner(scheduler, config, adapter, self.committer, self.shape, self.metrics)
         # Compressions under other settings are other content.
         self.settings_id = f"{config.describe()} {self.stages.method.identity}"
@@ -57,10 +71,10 @@ class SchedulerCompressor:
         )  # fmt: skip
 
     def weights_changed(self) -> None:
-        """Drop what was computed with the old weights: chains, and soft tokens drawn from the embedding table."""
+        """Drop what was computed with the old weights; the method follows them when it is next needed."""
         self.generation += 1
         self.tree_cache.chains.clear()
-        self.stages.reload()
+        self.stages.is_stale = True
 
     # -- per batch ---------------------------------------------------------------------------------------------
 
@@ -80,47 +94,34 @@ class SchedulerCompressor:
     def _compress(self, batch, chosen: list[tuple[int, object, Plan]], done: set[int]) -> None:
         """Compress one span of each chosen request; adds to ``done`` who must not be tried again after this forward."""
         scheduler = self.scheduler
-        overlap = scheduler.enable_overlap
-        if overlap:
+        if scheduler.enable_overlap:
             # The forward still reads the rows that the steps below change.
             scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
-        reserved = []
-        for position, req, plan in chosen:
-            slots = self.committer.reserve(plan.kept_slots)
-            if slots is None:
-                self._skip(req, Bypass.NO_FREE_SLOTS, done)
-            else:
-                reserved.append((position, req, plan, slots))
+        if reason := self._weights_unfit():
+            for _, req, _ in chosen:
+                self._skip(req, reason, done)
+            return
+        reserved = [self._reserve(*who) for who in chosen]
+        if self.ranks.size == 1:
+            for item in reserved:
+                if item.slots is None:
+                    self._skip(item.req, item.outcome.bypass, done)
+            reserved = [item for item in reserved if item.slots is not None]
         if not reserved:
             return
-        try:
-            with scheduler.forward_stream_ctx if overlap else contextlib.nullcontext():
-                if overlap:
-                    scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
-                is_sound = self.stages.run([(req, plan, slots) for _, req, plan, slots in reserved])
-        except Exception as error:
-            logger.exception("MetaSoft: compression failed, %d requests stay uncompressed", len(reserved))
-            for _, req, _, slots in reserved:
-                self.committer.give_back(slots)
-                self._skip(req, Bypass.FAULT, done)
-                self._count_fault(stage_of(error))
-            return
-        if overlap:
-            # Made on this stream, read on the other: must outlive the forward.
-            scheduler.batch_record_buf[scheduler.batch_record_ct].append([slots for *_, slots in reserved])
-            scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
+        own = self._run_stages(reserved)
         shrink = [0] * len(batch.reqs)
-        for (position, req, plan, slots), sound in zip(reserved, is_sound, strict=True):
-            if not sound:
-                logger.error(
-                    "MetaSoft: compression failed, numbers are not finite; request %s stays as it is", shown(req.rid)
-                )
-                self.committer.give_back(slots)
-                self._skip(req, Bypass.FAULT, done)
-                self._count_fault("not_finite")
+        for (position, req, plan, slots, _), mine, outcome in zip(reserved, own, self.ranks.agree(own), strict=True):
+            if outcome is Outcome.SOUND:
+                self._commit(req, plan, slots)
+                shrink[position] = plan.saved_slots
                 continue
-            self._commit(req, plan, slots)
-            shrink[position] = plan.saved_slots
+            if outcome < mine:
+                logger.error("MetaSoft: request %s stays as it is: another rank could not compress it", shown(req.rid))
+                self._count_fault("other_rank")
+            if slots is not None:
+                self.committer.give_back(slots)
+            self._skip(req, outcome.bypass, done)
         self._shrink_batch(batch, shrink)
         # SGLang keeps admission shut, once it was full, until a request leaves; here slots came free without one.
         scheduler.running_batch.batch_is_full = False
@@ -155,6 +156,86 @@ class SchedulerCompressor:
         if any(shrink):
             self._shrink_batch(batch, shrink)
 
+    def _reserve(self, position: int, req, plan: Plan) -> Reserved:
+        outcome = Outcome.NO_FREE_SLOTS
+        try:
+            slots = self.committer.reserve(plan.kept_slots)
+        except Exception as error:
+            slots, outcome = None, Outcome.FAULT
+            self._report_fault(error, 1)
+        return Reserved(position, req, plan, slots, Outcome.SOUND if slots is not None else outcome)
+
+    def _weights_unfit(self) -> Bypass | None:
+        """Why nothing can be compressed with the present weights, or None."""
+        if self.stages.is_stale:
+            try:
+                with self._on_forward_stream():
+                    self.stages.follow_weights()
+            except Exception as error:
+                if self.ranks.size > 1:  # which the others may not share
+                    raise
+                self._report_fault(error, 1)
+                return Bypass.FAULT
+        return Bypass.WEIGHTS if self.stages.unfit else None
+
+    @contextlib.contextmanager
+    def _on_forward_stream(self):
+        """Behind what is launched, and behind what was done to the rows before."""
+        scheduler = self.scheduler
+        if not scheduler.enable_overlap:
+            yield
+            return
+        with scheduler.forward_stream_ctx:
+            scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+            try:
+                yield
+            finally:
+                self.fence.compression_queued()
+
+    def _run_stages(self, reserved: list[Reserved]) -> list[Outcome]:
+        """Run the stages of all requests; returns this rank's outcomes.
+
+        Raises:
+            Exception: of several ranks this one alone may have failed, while the others wait for it: nothing but the
+                end of the server is left.
+        """
+        scheduler = self.scheduler
+        # A rank without room takes part in what the ranks do together; its entries go where SGLang's padding goes.
+        slots = [
+            torch.zeros(item.plan.kept_slots, dtype=torch.int64, device=self.stages.device)
+            if item.slots is None
+            else item.slots
+            for item in reserved
+        ]
+        items = [(item.req, item.plan, into) for item, into in zip(reserved, slots, strict=True)]
+        try:
+            with self._on_forward_stream():
+                is_sound = self.stages.run(items)
+        except Exception as error:
+            if self.ranks.size > 1 and not isinstance(error, InStepFault):
+                logger.critical(
+                    "MetaSoft: a fault outside of the stages, in which the ranks cannot agree: the server ends"
+                )
+                raise
+            self._report_fault(error.__cause__ if isinstance(error, InStepFault) else error, len(reserved))
+            return [min(item.outcome, Outcome.FAULT) for item in reserved]
+        finally:
+            if scheduler.enable_overlap:
+                # Made on this stream, read on the other, after a fault too: must outlive what is queued there.
+                scheduler.batch_record_buf[scheduler.batch_record_ct].append(slots)
+                scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
+        for item, sound in zip(reserved, is_sound, strict=True):
+            if not sound:
+                logger.error(
+                    "MetaSoft: compression failed, numbers are not finite; request %s stays as it is",
+                    shown(item.req.rid),
+                )
+                self._count_fault("not_finite")
+        return [
+            min(item.outcome, Outcome.SOUND if sound else Outcome.NOT_FINITE)
+            for item, sound in zip(reserved, is_sound, strict=True)
+        ]
+
     def _choose(self, batch, done: set[int]) -> list[tuple[int, object, Plan]]:
         decoding = {id(req) for req in batch.decoding_reqs or ()}
         chosen = []
@@ -178,6 +259,11 @@ class SchedulerCompressor:
                 state.make_plan(self.config, self.page_size)  # too little yet; the plan for the whole prompt stands
         return chosen
 
+    def _report_fault(self, error: BaseException, requests: int) -> None:
+        logger.error("MetaSoft: compression failed, %d requests stay uncompressed", requests, exc_info=error)
+        for _ in range(requests):
+            self._count_fault(stage_of(error))
+
     def _count_fault(self, stage: str) -> None:
         if self.metrics is not None:
             self.metrics.fault(stage)
@@ -195,6 +281,7 @@ class SchedulerCompressor:
         return settings | {
             "active": self.stages.method.description,
             "runs_on": self.stages.kernels.description,
+            "weights": self.stages.unfit or "fit",
             "index_chains": len(index),
             "index_tokens_now": index.num_tokens,
         }

@@ -6,7 +6,9 @@ import torch
 from metasoft_patches.admission import Admission
 from metasoft_patches.chunks import ChunkGuard
 from metasoft_patches.compressor import SchedulerCompressor
+from metasoft_patches.install import verify_hooks
 from metasoft_patches.lora import changes_embedding
+from metasoft_patches.ranks import with_common_secret
 from metasoft_patches.request import RequestState
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
@@ -26,7 +28,9 @@ class SchedulerHooks:
         self.chunk_guard: ChunkGuard | None = None
 
     def scheduler_made(self, result, scheduler, *args, **kwargs) -> None:
-        """AFTER ``Scheduler.__init__``: model and pools exist."""
+        """AFTER ``Scheduler.__init__``: model, pools and process groups exist."""
+        verify_hooks(self.adapter.targets_of("scheduler"))  # once more: others may have put theirs in place meanwhile
+        self.config = with_common_secret(self.config)
         self.compressor = SchedulerCompressor(scheduler, self.config, self.adapter)
         self.admission = Admission(scheduler, self.config, self.adapter)
         self.chunk_guard = ChunkGuard(scheduler, self.adapter)
@@ -40,6 +44,8 @@ class SchedulerHooks:
         if prompt_tokens and req.to_finish is None and not (0 <= ids.min() and ids.max() < vocab_size):
             # Among them could be virtual ids; and none of them can be computed.
             req.set_finish_with_abort(f"input_ids: an id is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
+        if self.compressor.stages.unfit and not self.compressor.stages.is_stale:
+            state.refusal = state.refusal or Bypass.WEIGHTS
         if recv_req.return_logprob and recv_req.logprob_start_len >= 0:
             state.end_limit_tokens = recv_req.logprob_start_len  # SGLang fills the request's own field later
             if state.end_limit_tokens < prompt_tokens - self.config.window:
@@ -58,14 +64,17 @@ class SchedulerHooks:
         return self.admission.limit_length(original, scheduler, req)
 
     def weights_changed(self, result, *args, **kwargs) -> None:
-        """AFTER each way to update weights: nothing compressed survives, even if the update failed half-way."""
+        """AFTER each step of an update of weights: nothing compressed survives, even if it failed half-way."""
         self.compressor.weights_changed()
 
-    def batch_launched(self, result, scheduler, batch, *args, **kwargs) -> None:
-        """AFTER ``Scheduler.run_batch``, common to both event loops: the first moment after a prefill's launch."""
+    def run_batch(self, original, scheduler, batch, *args, **kwargs):
+        """AROUND ``Scheduler.run_batch``, common to both event loops: after it a prefill is just launched."""
+        self.compressor.fence.batch_launches()
+        result = original(scheduler, batch, *args, **kwargs)
         if batch.forward_mode.is_extend():
             self.compressor.compress_finished(batch)
         self.compressor.update_gauges(batch.reqs)
+        return result
 
     def scheduler_idles(self, result, scheduler, *args, **kwargs) -> None:
         """AFTER ``Scheduler.on_idle``: nothing runs any more."""

@@ -1,7 +1,9 @@
 """Runs the stages of a compression for the requests of a batch: from their plans to entries in new slots."""
 
 import hashlib
+import logging
 import re
+import time
 from pathlib import Path
 
 import torch
@@ -9,9 +11,11 @@ from safetensors.torch import save_file
 from sglang.srt.runtime_context import get_parallel
 
 from metasoft_patches import lora
+from metasoft_patches.embedding import SharedEmbedding
 from metasoft_patches.kernels import choose_kernels
 from metasoft_patches.metrics import Metrics
 from metasoft_patches.probe_forward import ProbeBackend, run_probe, visit_layers
+from metasoft_patches.ranks import Guard
 from metasoft_patches.request import RequestState
 from metasoft_patches.served_model import LoadedModel
 from metasoft_patches.transfer import to_device
@@ -26,6 +30,8 @@ from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
 from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Prompt
+
+logger = logging.getLogger(__name__)
 
 RID_CHARS = 150  # of a request's id in a trace's file name
 
@@ -53,22 +59,42 @@ class StageRunner:
         self.committer, self.shape = committer, shape
         self.runner = scheduler.tp_worker.model_runner
         self.device = torch.device(self.runner.device)
-        self.rank, size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
-        self.first_kv_head = self.rank * shape.num_kv_heads // size
-        self.reload()
+        self.rank, self.size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
+        self.first_kv_head = self.rank * shape.num_kv_heads // self.size
+        self.embedding = SharedEmbedding(self._embed, shape.hidden_size)
+        self.method = load_method(config.method)(config, shape, self.embedding, self.device)
+        self.method.prepare(LoadedModel(scheduler, adapter, self._embed))
+        self.adapter_directions = lora.AdapterDirections(self.runner, self._fit_directions)
+        self.is_stale = False  # the weights have changed since
+        self.unfit: str | None = None  # why the method cannot serve the present weights
         consolidation = load_consolidation(self.method.consolidation)
         self.has_probe = self.method.needs_probe or consolidation.needs_probe
         self.kernels = choose_kernels(
-            config, self.method, shape.num_heads // size, max(shape.num_kv_heads // size, 1), self.runner.dtype,
-            committer.pool.dtype,
+            config, self.method, shape.num_heads // self.size, max(shape.num_kv_heads // self.size, 1),
+            self.runner.dtype, committer.pool.dtype,
         )  # fmt: skip
         self.clock = StageClock(self.device, metrics.stage_timed) if metrics is not None else None
 
-    def reload(self) -> None:
-        """Make the method anew, from the weights that the model has now."""
-        self.method = load_method(self.config.method)(self.config, self.shape, self._embed, self.device)
-        self.method.prepare(LoadedModel(self.scheduler, self.adapter, self._embed))
-        self.adapter_directions = lora.AdapterDirections(self.runner, self._fit_directions)
+    def follow_weights(self) -> None:
+        """Bring the method in line with changed weights: on all ranks at the same time, on the forward stream.
+
+        Once for an update however many parts it came in, since it is called when the next prompt is to be compressed.
+        Weights that a trained compressor does not fit are noted in ``unfit``.
+        """
+        began = time.perf_counter()
+        try:
+            self.method = self.method.follow_weights(LoadedModel(self.scheduler, self.adapter, self._embed))
+        except ValueError as error:
+            self.unfit = str(error)
+            logger.error("MetaSoft: no prompt is compressed until the weights are updated again: %s", error)
+        else:
+            seconds = time.perf_counter() - began
+            logger.info("MetaSoft: %s follows the updated weights (%.2f s)", self.config.method, seconds)
+            if self.unfit is not None:
+                logger.warning("MetaSoft: the weights fit again: prompts are compressed")
+            self.unfit = None
+            self.adapter_directions = lora.AdapterDirections(self.runner, self._fit_directions)
+        self.is_stale = False
 
     def _fit_directions(self, lora_id: str) -> KeyDirections:
         model = LoadedModel(self.scheduler, self.adapter, self._embed, lora_id)
@@ -82,21 +108,33 @@ class StageRunner:
         """Probe, score, route, merge and write the new slots of all items; runs on the forward stream.
 
         Returns:
-            For each item whether its entries may be committed. Only a lone CPU process says no: any other device would
-            have to be waited for, and of several ranks, each with heads of its own, all must do the same. There the
-            stages themselves make harmless what is not finite.
+            For each item whether its entries may be committed. Only a CPU says no: any other device would have to be
+            waited for. There the stages themselves make harmless what is not finite.
+
+        Raises:
+            InStepFault: a stage failed on this rank of several, which took part in the whole probe all the same.
         """
-        jobs = [self._make_job(req, plan, slots) for req, plan, slots in items]
+        guard = Guard(is_shared=self.size > 1)
+        for req, _, _ in items:
+            self._adapter_directions_of(req)  # may run the model, on all ranks: before one of them alone can fail
+        jobs = [self._make_job_in_step(guard, *item) for item in items]
         trace = [[] for _ in jobs] if self.config.trace_dir else None
         finite = [[] for _ in jobs]
-        batch = self._fused_batch(jobs)
-        clock = no_clock
+        batch, clock = None, no_clock
+        with guard():
+            batch = self._fused_batch(jobs) if guard.error is None else None
         if self.clock is not None:
             self.clock.drop()  # what a compression that failed has left
             clock = self.clock
         lengths = [job.probe.embeds.shape[0] for job in jobs]
 
         def on_layer(layer, q, k, v, pool):
+            if guard.error is None:
+                with guard():
+                    return compress(layer, q, k, v, pool)
+            return q.new_zeros(*q.shape[:2], layer.v_head_dim)
+
+        def compress(layer, q, k, v, pool):
             gate_scale = self.method.gate_scale(layer.layer_id, self.first_kv_head, layer.tp_k_head_num)
             if batch is not None:
                 out, consolidated, flags = batch.compress(q, k, v, pool, gate_scale, layer.layer_id, clock)
@@ -126,22 +164,48 @@ class StageRunner:
         backend = ProbeBackend(self.committer.req_to_token_pool, self.committer.pool, jobs, on_layer)
         rows = to_device([self.adapter.row_index(req) for req, _, _ in items], torch.int64, self.device)
         if self.has_probe:
-            run_probe(self.runner, backend, rows, self.adapter)
-            lora.hold_back_loads(self.scheduler)
+            try:
+                run_probe(self.runner, backend, rows, self.adapter)
+            finally:
+                lora.hold_back_loads(self.scheduler)
         else:
             visit_layers(self.runner, backend)
-        if self.clock is not None:
-            self.clock.finish()
-        if trace is not None:
-            for (req, plan, _), layers in zip(items, trace, strict=True):
-                self._write_trace(req, plan, layers)
-        if self.device.type != "cpu" or get_parallel().attn_tp_size > 1:
-            return [True] * len(jobs)
-        return [all(flags) for flags in finite]
+        guard.check()
+        with guard():
+            if self.clock is not None:
+                self.clock.finish()
+            if trace is not None:
+                for (req, plan, _), layers in zip(items, trace, strict=True):
+                    self._write_trace(req, plan, layers)
+        guard.check()
+        return [all(flags) for flags in finite] if self.device.type == "cpu" else [True] * len(jobs)
 
     def _fused_batch(self, jobs: list[Job]) -> FusedBatch | None:
         attend = self.kernels.attend
         return FusedBatch(jobs, self.method, self.config, attend, self.first_kv_head) if attend else None
+
+    def _make_job_in_step(self, guard: Guard, req, plan: Plan, slots: torch.Tensor) -> Job:
+        """The job; or, if this rank of several cannot make it, one of its shapes, with which it joins in the probe."""
+        self.embedding.calls = 0
+        with guard():
+            return self._make_job(req, plan, slots)
+        if self.embedding.is_inside:
+            raise guard.error  # nobody knows who has taken part in that call
+        tokens, job = self.embedding.rehearse(lambda: self._make_job(req, plan, slots))
+        for count in tokens[self.embedding.calls :]:
+            self.embedding(torch.zeros(count, dtype=torch.int64, device=self.device))
+        embeds = torch.zeros(job.probe.embeds.shape, device=self.device)
+        probe = job.probe._replace(embeds=embeds, carrying=None)
+        return job._replace(probe=probe, context_slots=slots, span_slots=slots, new_slots=slots)
+
+    def _adapter_directions_of(self, req) -> KeyDirections | None:
+        has_own = self.method.key_directions is not None and req.lora_id is not None
+        return self.adapter_directions.of(req.lora_id) if has_own else None
+
+    def _ids(self, ids) -> torch.Tensor:
+        if self.embedding.is_rehearsal:
+            return torch.empty(len(ids), dtype=torch.int64, device=self.device)
+        return to_device(ids, torch.int64, self.device)
 
     def _make_job(self, req, plan: Plan, slots: torch.Tensor) -> Job:
         state: RequestState = req.metasoft
@@ -153,15 +217,12 @@ class StageRunner:
         ids = state.raw_ids + req.output_ids
         if self.has_probe:
             prompt = Prompt(
-                span_ids=to_device(ids[chain_tokens:span_end], torch.int64, self.device),
-                tail_ids=to_device(ids[span_end:context_tokens], torch.int64, self.device),
+                span_ids=self._ids(ids[chain_tokens:span_end]),
+                tail_ids=self._ids(ids[span_end:context_tokens]),
                 context_slots=context_slots,
                 context_tokens=context_tokens,
             )
-            directions = None
-            if self.method.key_directions is not None and req.lora_id is not None:
-                directions = self.adapter_directions.of(req.lora_id)
-            probe = make_probe(self.method, prompt, self.config, directions)
+            probe = make_probe(self.method, prompt, self.config, self._adapter_directions_of(req))
         else:
             probe = Probe(torch.empty(0, self.shape.hidden_size), context_slots, context_tokens)
         row = self.committer.row(req)

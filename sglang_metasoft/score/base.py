@@ -75,13 +75,23 @@ class Method:
         return self.config.consolidation or self.default_consolidation
 
     def prepare(self, model: ServedModel) -> None:
-        """Learn from the loaded model what does not depend on a prompt; once, and after each change of weights.
+        """Learn from the loaded model what does not depend on a prompt; once, and again after a change of weights.
 
         Raises:
             ValueError: the model lacks what the method or the consolidation needs.
         """
         if load_consolidation(self.consolidation).biases_keys:
             self.key_directions = fit_key_directions(model, self.shape, self.device)
+
+    def follow_weights(self, model: ServedModel) -> "Method":
+        """The method for the weights that the model has now: after a change of weights; it may be this one, changed.
+
+        Raises:
+            ValueError: it cannot serve them; this one is as it was.
+        """
+        method = type(self)(self.config, self.shape, self.embed, self.device)
+        method.prepare(model)
+        return method
 
     @property
     def identity(self) -> str:

@@ -23,6 +23,11 @@ class JudgeQ(Method):
         super().__init__(config, shape, embed, device)
         self.static_tokens = StaticTokens.load(config.path, shape, embed, device)
 
+    def follow_weights(self, model):
+        self.static_tokens.check_again()  # the file is as it was
+        self.prepare(model)
+        return self
+
     @property
     def identity(self) -> str:
         return f"JudgeQ:{self.static_tokens.fingerprint}"

@@ -33,6 +33,13 @@ class MetaSoft(Method):
         elif config.gate_scale is None and is_shut:
             self.default_consolidation = "key_bias"
 
+    def follow_weights(self, model):
+        if self.config.path is None:
+            return super().follow_weights(model)
+        self.soft_tokens.check_again()  # the file is as it was
+        self.prepare(model)
+        return self
+
     @property
     def identity(self) -> str:
         return f"MetaSoft:{self.soft_tokens.fingerprint}"

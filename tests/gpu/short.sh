@@ -14,12 +14,13 @@ check() { # NAME, pytest's -k
 }
 check plans "sleeping_stream"
 check key-bias "key_bias"
-check flashinfer-1 "flashinfer and not 16 and not fp8 and not key_bias"
-check triton-1 "triton and not 16 and not fp8 and not key_bias"
+check flashinfer-1 "flashinfer and not 16 and not fp8 and not key_bias and not slots_that"
+check triton-1 "triton and not 16 and not fp8 and not key_bias and not slots_that"
 check flashinfer-16 "flashinfer and 16"
 check triton-16 "triton and 16"
 check fp8 "fp8"
-check stream-order "slots_that"
+check stream-order-flashinfer "slots_that and flashinfer"
+check stream-order-triton "slots_that and triton"
 check retraction "retraction"
 check stages "stages_give"
 wait

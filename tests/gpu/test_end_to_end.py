@@ -196,8 +196,8 @@ def test_fp8_kv_cache(start_server, long_ids, backend):
 # A pool without slack, whose freed slots are taken again at once.
 STRESS_POOL = 6144
 STRESS_FLAGS = [
-    *DEVICE_FLAGS, "--max-total-tokens", str(STRESS_POOL), "--enable-metrics", "--attention-backend", BACKENDS[-1],
-    "--enable-metasoft", "--no-metasoft-keep-raw",
+    *DEVICE_FLAGS, "--max-total-tokens", str(STRESS_POOL), "--enable-metrics", "--enable-metasoft",
+    "--no-metasoft-keep-raw", "--attention-backend",
 ]  # fmt: skip
 # On a CPU who shares a batch decides near ties: there one request at a time.
 BATCH_INVARIANT, AT_ONCE = ([], 1) if DRY_RUN else (["--enable-deterministic-inference"], None)
@@ -215,12 +215,15 @@ def stress(server, long_ids, at_once: int | None = None) -> list[dict]:
     return responses
 
 
-def test_slots_that_are_reused_at_once_keep_every_answer(start_server, long_ids):
-    """Stream order and lifetimes: kernels that give the same in every batch, with and without the overlap scheduler."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slots_that_are_reused_at_once_keep_every_answer(start_server, long_ids, backend):
+    """Stream order and lifetimes, of FlashInfer's own decode plans too: kernels that give the same in every batch, with
+    and without the overlap scheduler."""
     runs = []
     for flags in ([], ["--disable-overlap-schedule"]):
         # Whole prompts: where a prompt is cut into chunks depends on who shares its batch.
-        server = start_server(*STRESS_FLAGS, *BATCH_INVARIANT, *flags, "--chunked-prefill-size", "-1", env=inside_env())
+        flags = [backend, *BATCH_INVARIANT, *flags, "--chunked-prefill-size", "-1"]
+        server = start_server(*STRESS_FLAGS, *flags, env=inside_env())
         runs.append([response["output_ids"] for response in stress(server, long_ids, AT_ONCE)])
     different = sum(a != b for a, b in zip(*runs, strict=True))
     print(f"{different} of {len(runs[0])} answers differ between overlap and lockstep")
@@ -229,8 +232,8 @@ def test_slots_that_are_reused_at_once_keep_every_answer(start_server, long_ids)
 
 @pytest.mark.parametrize("page", PAGES)
 def test_retraction_by_a_small_pool(start_server, long_ids, page):
-    flags = ["--page-size", str(page), "--metasoft-during-prefill", "--metasoft-min-tokens", "128"]
-    server = start_server(*STRESS_FLAGS, *CHUNKS, *flags, "--enable-mixed-chunk", env=inside_env() | RETRACTION)
+    flags = [BACKENDS[-1], "--page-size", str(page), "--metasoft-during-prefill", "--metasoft-min-tokens", "128"]
+    server = start_server(*STRESS_FLAGS, *flags, *CHUNKS, "--enable-mixed-chunk", env=inside_env() | RETRACTION)
     responses = stress(server, long_ids)
     assert sum(response["meta_info"]["num_retractions"] for response in responses) > 0
 

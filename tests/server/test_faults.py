@@ -42,7 +42,7 @@ def test_a_fault_leaves_the_request_uncompressed(start_server, document_ids, tmp
     assert_pool_is_whole(server, POOL_TOKENS, expects_faults=True)
 
 
-STAGES = {"probe": "fault", "reserve": "no_free_slots", "nan": "fault", "layer": "fault", "write": "fault"}
+STAGES = dict.fromkeys(("probe", "reserve", "job", "nan", "layer", "write"), "fault") | {"reserve": "no_free_slots"}
 
 
 @pytest.fixture(scope="module")

@@ -95,8 +95,8 @@ TARGETS = (
     Target(
         "scheduler",
         "sglang.srt.managers.scheduler.Scheduler.run_batch",
-        "after",
-        "batch_launched",
+        "around",
+        "run_batch",
         ("self", "batch", "pp_proxy_tensors"),
         "sglang.srt.managers.scheduler:Scheduler.event_loop_overlap",
     ),
@@ -219,6 +219,8 @@ TARGETS = (
 
 # What the adapter uses besides hooks: function and parameters.
 USED = (
+    ("sglang.srt.plugins.hook_registry:HookRegistry.register", ("cls", "target", "hook", "hook_type", "source")),
+    ("sglang.srt.plugins.hook_registry:HookRegistry._apply_target", ("cls", "target", "hooks")),
     ("sglang.srt.mem_cache.registry:create_unified_radix_cache", ("ctx", "cache_class")),
     ("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.checkpoint", ("self", "req", "up_to", "**kwargs")),
     ("sglang.srt.model_executor.forward_context:forward_context", ("ctx", "forward_batch")),

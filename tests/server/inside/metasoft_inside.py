@@ -2,20 +2,25 @@
 
 ``tests/server/inside`` on ``PYTHONPATH`` loads it; ``METASOFT_INSIDE`` holds JSON: a ``seed``, and for each stage of
 ``STAGES`` the probability that it fails. A request whose id starts with ``inside-<stage>`` fails there for certain;
-one whose id starts with ``inside-corrupt`` spoils an entry of its chain, which the next check must notice; to one whose
+with ``-rank<n>`` behind it, on that tensor-parallel rank alone. ``own_secrets``: each rank draws a secret of its own.
+One whose id starts with ``inside-corrupt`` spoils an entry of its chain, which the next check must notice; to one whose
 id starts with ``inside-window`` the tree seems to own all of its row.
 Each check writes one line, ``metasoft inside: ok ...`` or ``metasoft inside: BROKEN ...``, to the server's log.
 """
 
+import dataclasses
+import hashlib
 import json
 import logging
 import os
 import random
+import re
+import secrets
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-STAGES = ("probe", "reserve", "nan", "layer", "write")
+STAGES = ("probe", "reserve", "job", "nan", "layer", "write")
 CHECKED_LAYERS = 3
 
 logger = logging.getLogger("metasoft_inside")
@@ -28,19 +33,27 @@ def register() -> None:
         ("Scheduler.on_idle", lambda result, scheduler: check_when_idle(scheduler)),
     ):
         HookRegistry.register(f"sglang.srt.managers.scheduler.{path}", hook, HookType.AFTER)
+    # Applied before the product's hook of the same function, on which every position after a chain depends.
+    path = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
+    HookRegistry.register(path, lambda original, *args, **kwargs: original(*args, **kwargs), HookType.AROUND)
 
 
 def install(result, *args, **kwargs) -> None:
     """AFTER ``configure_scheduler_process``: only here may the product's modules be imported."""
     import metasoft_patches.compressor as compressor
+    import metasoft_patches.scheduler as scheduler
     import metasoft_patches.stages as stages
     from metasoft_patches.adapters import load_adapter
 
     from sglang_metasoft.chains import ChainIndex
 
-    faults = Faults(json.loads(os.environ.get("METASOFT_INSIDE", "{}")))
+    settings = json.loads(os.environ.get("METASOFT_INSIDE", "{}"))
+    faults = Faults(settings)
+    if settings.get("own_secrets"):
+        scheduler.with_common_secret = _wrapped(scheduler.with_common_secret, draw_secret)
     for owner, name, wrapper in (
         (compressor.SchedulerCompressor, "compress_finished", faults.compress_finished),
+        (stages, "make_probe", faults.make_probe),
         (stages, "run_probe", faults.run_probe),
         (stages, "compress_layer", faults.compress_layer),
         (compressor.Committer, "reserve", faults.reserve),
@@ -53,6 +66,15 @@ def install(result, *args, **kwargs) -> None:
 
 def _wrapped(original, wrapper):
     return lambda *args, **kwargs: wrapper(original, *args, **kwargs)
+
+
+def draw_secret(original, config):
+    """AROUND ``with_common_secret``: as if each rank were a node, which reads the flags by itself."""
+    own = dataclasses.replace(config, secret=secrets.token_hex(16))
+    common = original(own)
+    logger.info("metasoft inside: drew secret %s", hashlib.sha256(own.secret.encode()).hexdigest())
+    logger.info("metasoft inside: uses secret %s", hashlib.sha256(common.secret.encode()).hexdigest())
+    return common
 
 
 # -- faults --------------------------------------------------------------------------------------------------------
@@ -89,6 +111,7 @@ class Faults:
         self.rates = {stage: settings.get(stage, 0) for stage in STAGES}
         self.counts = dict.fromkeys(STAGES, 0)
         self.reqs: list = []
+        self.struck: set[str] = set()
         self.aims: dict[str, int] = {}  # stage: the call, counted within one probe run, that fails
         self.calls = dict.fromkeys(STAGES, 0)
 
@@ -101,6 +124,16 @@ class Faults:
     def reserve(self, original, committer, num_slots):
         # Requests reserve one after the other; a named one's turn is not known, so all of its batch fail.
         return None if self._strikes("reserve") else original(committer, num_slots)
+
+    def make_probe(self, original, method, *args):
+        # Before anything is embedded; by name once, so that the lengths of what is embedded can be told.
+        rids = {req.rid for req in self._named("job")}
+        strikes = bool(rids - self.struck) or self.random.random() < self.rates["job"]
+        self.struck |= rids
+        if strikes:
+            self._count("job")
+            raise InjectedFault("a job")
+        return original(method, *args)
 
     def run_probe(self, original, runner, backend, rows, adapter):
         jobs, layers = len(backend.jobs), runner.model_config.num_hidden_layers
@@ -131,7 +164,14 @@ class Faults:
         return result
 
     def _named(self, stage: str) -> list:
-        return [req for req in self.reqs if str(req.rid).startswith(f"inside-{stage}")]
+        named = [req for req in self.reqs if str(req.rid).startswith(f"inside-{stage}")]
+        return [req for req in named if self._is_here(str(req.rid))]
+
+    def _is_here(self, rid: str) -> bool:
+        from sglang.srt.runtime_context import get_parallel
+
+        rank = re.search(r"-rank(\d+)", rid)
+        return rank is None or int(rank[1]) == get_parallel().attn_tp_rank
 
     def _strikes(self, stage: str) -> bool:
         strikes = self.random.random() < self.rates[stage] or bool(self._named(stage))
@@ -210,9 +250,10 @@ def check_when_idle(scheduler) -> None:
             problems.append(f"the entries of a chain of {chain.slots} slots have changed")
     known = {id(chain) for chain, _ in chains}
     Seen.digests = {key: value for key, value in Seen.digests.items() if key in known}
+    names = hashlib.sha256(b"".join(sorted(chain.virtual_ids.tobytes() for chain, _ in chains))).hexdigest()[:8]
     summary = (
         f"check={Seen.checks} chains={len(chains)} stale={stale} free={allocator.available_size()} "
-        f"cached={tree.evictable_size()} pool={scheduler.max_total_num_tokens}"
+        f"cached={tree.evictable_size()} pool={scheduler.max_total_num_tokens} names={names}"
     )
     if problems:
         logger.error("metasoft inside: BROKEN %s: %s", summary, "; ".join(problems))

@@ -1,6 +1,5 @@
 """Compression inside one scheduler process: picks requests after a prefill, has them compressed, commits the result."""
 
-import contextlib
 import logging
 from typing import NamedTuple
 
@@ -169,7 +168,7 @@ class SchedulerCompressor:
         """Why nothing can be compressed with the present weights, or None."""
         if self.stages.is_stale:
             try:
-                with self._on_forward_stream():
+                with self.fence.compression():
                     self.stages.follow_weights()
             except Exception as error:
                 if self.ranks.size > 1:  # which the others may not share
@@ -177,20 +176,6 @@ class SchedulerCompressor:
                 self._report_fault(error, 1)
                 return Bypass.FAULT
         return Bypass.WEIGHTS if self.stages.unfit else None
-
-    @contextlib.contextmanager
-    def _on_forward_stream(self):
-        """Behind what is launched, and behind what was done to the rows before."""
-        scheduler = self.scheduler
-        if not scheduler.enable_overlap:
-            yield
-            return
-        with scheduler.forward_stream_ctx:
-            scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
-            try:
-                yield
-            finally:
-                self.fence.compression_queued()
 
     def _run_stages(self, reserved: list[Reserved]) -> list[Outcome]:
         """Run the stages of all requests; returns this rank's outcomes.
@@ -209,7 +194,7 @@ class SchedulerCompressor:
         ]
         items = [(item.req, item.plan, into) for item, into in zip(reserved, slots, strict=True)]
         try:
-            with self._on_forward_stream():
+            with self.fence.compression():
                 is_sound = self.stages.run(items)
         except Exception as error:
             if self.ranks.size > 1 and not isinstance(error, InStepFault):

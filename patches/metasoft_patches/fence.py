@@ -1,5 +1,8 @@
 """Keeps the host no further ahead of the device than SGLang means it to be."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class LaunchFence:
     """Counts a compression as part of the batch that it follows.
@@ -23,7 +26,17 @@ class LaunchFence:
             self.before_last.synchronize()
         self.before_last, self.last = self.last, None
 
-    def compression_queued(self) -> None:
-        """After a compression of the batch that was launched last; on the stream that it runs on."""
-        self.last = self.scheduler.device_module.Event()
-        self.last.record()
+    @contextlib.contextmanager
+    def compression(self) -> Iterator[None]:
+        """In which work is queued on the forward's stream: behind the last batch, and what was done to its rows."""
+        scheduler = self.scheduler
+        if not scheduler.enable_overlap:
+            yield
+            return
+        with scheduler.forward_stream_ctx:
+            scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+            try:
+                yield
+            finally:
+                self.last = scheduler.device_module.Event()
+                self.last.record()

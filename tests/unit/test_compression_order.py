@@ -210,7 +210,11 @@ def test_a_plan_is_copied_before_the_next_one_is_written(compressed):
     of the next batch, as a device does while the host prepares a batch."""
     stream, ran = Stream(), array("q")
     page_locked = [None]
-    fence = LaunchFence(SimpleNamespace(device_module=SimpleNamespace(Event=stream.make_event)))
+    forward = SimpleNamespace(wait_stream=lambda other: None)
+    fence = LaunchFence(SimpleNamespace(
+        enable_overlap=True, forward_stream=forward, schedule_stream=None, forward_stream_ctx=contextlib.nullcontext(),
+        device_module=SimpleNamespace(Event=stream.make_event),
+    ))  # fmt: skip
     results = []
     for number in range(6):
         fence.batch_launches()
@@ -223,8 +227,8 @@ def test_a_plan_is_copied_before_the_next_one_is_written(compressed):
         results.append(stream.make_event())
         results[-1].record()
         if number in compressed:
-            stream.queue.append(lambda: None)
-            fence.compression_queued()
+            with fence.compression():
+                stream.queue.append(lambda: None)
         if number:
             results[number - 1].synchronize()
     results[-1].synchronize()

@@ -234,8 +234,11 @@ class MetaSoftConfig:
         is_spawning = multiprocessing.context.get_spawning_popen() is not None
         return self.__dict__ if is_spawning else self.__dict__ | {"secret": ""}
 
-    def __deepcopy__(self, memo: dict) -> "MetaSoftConfig":
+    def __copy__(self) -> "MetaSoftConfig":
         return self  # it is frozen
+
+    def __deepcopy__(self, memo: dict) -> "MetaSoftConfig":
+        return self
 
     def describe(self) -> str:
         """One line of ``name=value`` for the start-up log; the secret stays out of it."""

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import logging
+import secrets
 import typing
 
 import torch
@@ -157,6 +158,9 @@ def check_server(result, server_args) -> None:
     config: MetaSoftConfig | None = getattr(server_args, CARRIER, None)
     if config is None:
         return
+    if not config.secret:  # the record was pickled on its way to this process, which starts the schedulers
+        config = dataclasses.replace(config, secret=secrets.token_hex(16))
+        setattr(server_args, CARRIER, config)
     from metasoft_patches import http
     from metasoft_patches.model import model_shape
 

@@ -62,7 +62,7 @@ def test_the_configuration_reaches_other_processes(parse):
     config, sent = getattr(args, CARRIER), getattr(pickle.loads(pickle.dumps(args)), CARRIER)
     assert sent == dataclasses.replace(config, secret="") and sent.budget == 300
     assert config.secret.encode() not in pickle.dumps(args)  # which SGLang writes into its crash dumps
-    assert getattr(copy.deepcopy(args), CARRIER) is config
+    assert getattr(copy.deepcopy(args), CARRIER) is config is copy.copy(config)
 
 
 def tell_secret(args, pipe):
@@ -77,6 +77,12 @@ def test_a_process_that_is_started_gets_the_secret(parse):
     process.start()
     assert ours.poll(120) and ours.recv() == getattr(args, CARRIER).secret != ""
     process.join()
+
+
+def test_who_starts_schedulers_from_a_pickled_record_draws_a_secret(parse):
+    args = pickle.loads(pickle.dumps(resolve(parse("--enable-metasoft"))))
+    args.check_server_args()
+    assert len(getattr(args, CARRIER).secret) == 32
 
 
 def test_a_scheduler_without_the_secret_does_not_start(parse):

@@ -71,22 +71,6 @@ def test_headers_choose_the_compression_and_tell_it(server, document, path):
     assert short.headers["bypass"] == "too_short" and short.headers["kv-tokens"] == short.prompt_tokens
 
 
-@pytest.mark.parametrize("path", ENDPOINTS[2:])
-@streamed_or_not
-def test_usage_counts_the_first_turn_as_cached_in_the_second(server, document, path, stream):
-    text = f"{path} {stream} " + document[12_000:14_000]
-    first = ask(server, path, text, stream=stream)
-    turns = [
-        {"role": "user", "content": text},
-        {"role": "assistant", "content": "Yes."},
-        {"role": "user", "content": "Why?"},
-    ]
-    field = "input" if path == "/v1/responses" else "messages"
-    second = ask(server, path, text, stream=stream, **{field: turns})
-    assert second.headers["reused-tokens"] == first.headers["span-tokens"] == first.prompt_tokens - WINDOW
-    assert first.prompt_tokens - 2 <= second.cached_tokens < second.prompt_tokens
-
-
 BAD = {
     "value": ({"x-metasoft-ratio": "0.5"}, {}, "header x-metasoft-ratio: '0.5' is not allowed; allowed: a number >= 1"),
     "name": ({"x-metasoft-window": "9"}, {}, "unknown header 'x-metasoft-window'; allowed: x-metasoft-ratio"),

@@ -54,7 +54,7 @@ RECORDS = {
     Bypass.EMBED_OVERRIDES: {"positional_embed_overrides": object()},  # of Engine.score, which shows no report
 }
 # What needs a server of another kind.
-ELSEWHERE = {Bypass.LORA: "test_lora.py"}
+ELSEWHERE = {Bypass.LORA: "test_lora.py", Bypass.WEIGHTS: "test_interruptions.py"}
 
 
 @pytest.fixture(scope="module")

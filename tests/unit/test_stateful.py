@@ -27,7 +27,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
 from tests.unit.machine import Machine
 
-POOL, WINDOW, CONTEXT = 4800, 16, 6000
+WINDOW, CONTEXT = 16, 6000
 DOCUMENTS = [[(7 * n + i * (n + 3)) % 97 for i in range(2000)] for n in range(3)]
 OPTIONS = [{}, {}, {}, {"ratio": 2}, {"ratio": 1}, {"budget": 150}, {"boundary": 600}, {"budget": 60, "boundary": 900}]
 
@@ -51,18 +51,18 @@ class Running(list):
 class Serving(RuleBasedStateMachine):
     """One scheduler, driven as SGLang's loop drives it."""
 
-    page, chunk, during_prefill, keep_raw = 1, None, False, True
+    page, chunk, during_prefill, keep_raw, pool = 1, None, False, True, 4800
 
     @initialize()
     def start(self):
         self.machine = Machine(
-            POOL, self.page, self.chunk, keep_raw=self.keep_raw, during_prefill=self.during_prefill,
+            self.pool, self.page, self.chunk, keep_raw=self.keep_raw, during_prefill=self.during_prefill,
             min_tokens=100, window=WINDOW, index_tokens=8000,
         )  # fmt: skip
         scheduler, hooks = self.machine.scheduler, self.machine.hooks
         scheduler.running_batch = self.running = Running()
-        scheduler.chunked_prefill_size, scheduler.max_total_num_tokens = self.chunk, POOL
-        scheduler.max_req_input_len, scheduler.model_config = POOL, SimpleNamespace(context_len=CONTEXT)
+        scheduler.chunked_prefill_size, scheduler.max_total_num_tokens = self.chunk, self.pool
+        scheduler.max_req_input_len, scheduler.model_config = self.pool, SimpleNamespace(context_len=CONTEXT)
         hooks.admission = Admission(scheduler, hooks.config, hooks.adapter)
         hooks.chunk_guard = ChunkGuard(scheduler, hooks.adapter)
         self.waiting, self.chunked, self.indexed, self.sent = [], None, [], []
@@ -86,8 +86,15 @@ class Serving(RuleBasedStateMachine):
         ids = DOCUMENTS[document][:head] + [first] + [first + i % 5 for i in range(question - 1)]
         options = {name: value for name, value in options.items() if name != "boundary" or value < len(ids)}
         self.sent.append((ids, {"salt": salt, "max_new_tokens": max_new_tokens, **options}))
+        self.send(ids, self.sent[-1][1], copies)
+
+    def send(self, ids, fields, copies=1):
+        """What fits the pool neither raw nor compressed is refused on arrival."""
+        admission = self.machine.hooks.admission
         for _ in range(copies):
-            self.waiting.append(self.machine.arrive(ids, **self.sent[-1][1]))
+            req = self.machine.arrive(ids, **fields)
+            if len(ids) + 400 < self.pool or self.during_prefill and admission._fits(admission._footprint(req)):
+                self.waiting.append(req)
 
     @precondition(lambda self: self.sent)
     @rule(number=st.integers(0, 9), turns=st.sampled_from([0, 0, 150]))
@@ -97,7 +104,7 @@ class Serving(RuleBasedStateMachine):
         ids = ids + [5] * turns
         if len(ids) < 3000:
             self.sent.append((ids, fields))
-            self.waiting.append(self.machine.arrive(ids, **fields))
+            self.send(ids, fields)
 
     @rule(times=st.integers(1, 9))
     def steps(self, times):
@@ -117,7 +124,8 @@ class Serving(RuleBasedStateMachine):
 
         with patch.object(PrefillAdder, "_request_slot_reserve_for_req", reserving):
             if self.chunked is not None:
-                self.chunked = hooks.add_chunk(PrefillAdder.add_chunked_req, adder, self.chunked)
+                self.chunked = hooks.add_chunk(PrefillAdder.add_chunked_req, adder, (req := self.chunked))
+                assert req in adder.can_run_list, "let in without room for its next chunk"
             for req in list(self.waiting):
                 if len(self.running) + len(adder.can_run_list) >= machine.rows.size - 1:
                     break
@@ -223,7 +231,7 @@ class Serving(RuleBasedStateMachine):
             machine.check_row(req, req.kv.kv_allocated_len)
         # A request may hold its lock for longer than it holds the node's slots: until it publishes again.
         assert tree.protected_size() >= len(locked)
-        assert machine.allocator.available_size() + tree.evictable_size() + tree.protected_size() + owned == POOL
+        assert machine.allocator.available_size() + tree.evictable_size() + tree.protected_size() + owned == self.pool
         assert tree.chains.num_tokens <= 8000
 
     def teardown(self):
@@ -245,5 +253,9 @@ def test_any_order_of_events(page, chunk, during_prefill, keep_raw):
         derandomize=True, database=None, deadline=None, max_examples=8, stateful_step_count=40,
         phases=(Phase.generate,), suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    attributes = {"page": page, "chunk": chunk, "during_prefill": during_prefill, "keep_raw": keep_raw}
+    # Prompts of up to 3,000 tokens: compressed chunk by chunk they may be longer than the pool.
+    attributes = {
+        "page": page, "chunk": chunk, "during_prefill": during_prefill, "keep_raw": keep_raw,
+        "pool": 1600 if during_prefill else 4800,
+    }  # fmt: skip
     run_state_machine_as_test(type("ServingCase", (Serving,), attributes), settings=settings_)

@@ -56,18 +56,19 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
         return [] if 400 <= ours.status < 500 else [f"HTTP {ours.status}, not refused: {shortened(ours.body)}"]
     if {"hang_up", "abort"} & set(step) or plain.status == 0 or plain.status >= 500:
         return []
-    if plain.status == 200 and _refuses_boundary(ours):
+    if plain.status == 200 and _refuses_boundary(step, ours):
         return []
     if plain.status != ours.status:
         return [f"HTTP {ours.status}, plain {plain.status}: {shortened(ours.body)}"]
     if step["path"] in SHOWN_ONLY:
         return []
     theirs, own = normalised(plain.body), normalised(ours.body)
-    cached_slack = cached_slack_of(ours) if is_timing_free else None
+    cached_slack = cached_slack_of(step, ours) if is_timing_free else None
     if plain.status != 200:
         return unequal(theirs, own, None)
     is_same_prompt = plain.sent == ours.sent
-    if keeps_all and keeps_every_entry(ours.sent) and is_greedy(ours.sent):
+    is_raw = is_same_prompt and ours.headers.get("x-metasoft-span-tokens") == "0"
+    if is_greedy(ours.sent) and (keeps_all and keeps_every_entry(step, ours.sent) or is_raw):
         return unequal(theirs, own, cached_slack)
     found = facts(theirs, own, is_fixed(ours.sent), cached_slack)
     if is_same_prompt and is_greedy(ours.sent):
@@ -80,28 +81,31 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
     return found
 
 
-def cached_slack_of(ours: Outcome) -> float:
+def cached_slack_of(step: dict, ours: Outcome) -> float:
     """By how many tokens ours may find less in the tree than plain SGLang does.
 
     A window's raw entries are found by those alone who use the chain before it; who stays raw, or has another ratio,
     finds the raw twins of first segments, or nothing.
     """
-    is_raw = any("metasoft_bypass" in answer["meta_info"] for answer in answers(ours.body))
-    return WINDOW + 2 * PAGE if keeps_every_entry(ours.sent) and not is_raw else math.inf
+    is_raw = "x-metasoft-bypass" in ours.headers
+    return WINDOW + 2 * PAGE if keeps_every_entry(step, ours.sent) and not is_raw else math.inf
 
 
-def _refuses_boundary(ours: Outcome) -> bool:
-    """Whether ours refused, by status or in a stream, a boundary behind the prompt's end, ignored by plain SGLang."""
-    options = sampling_of(ours.sent).get("custom_params")
-    return (
-        isinstance(options, dict) and "metasoft_boundary" in options and "metasoft_boundary=" in json.dumps(ours.body)
-    )
-
-
-def keeps_every_entry(sent: dict) -> bool:
-    """Whether the request leaves the server's ratio as it is."""
+def options_of(step: dict, sent: dict) -> set[str]:
+    """Which settings of ours the request brings, in its body or in headers."""
     options = sampling_of(sent).get("custom_params")
-    return not (isinstance(options, dict) and {"metasoft_ratio", "metasoft_budget"} & set(options))
+    names = [*(options if isinstance(options, dict) else ()), *step.get("headers", ())]
+    return {name.removeprefix("x-").replace("-", "_") for name in names}
+
+
+def _refuses_boundary(step: dict, ours: Outcome) -> bool:
+    """Whether ours refused, by status or in a stream, a boundary behind the prompt's end, ignored by plain SGLang."""
+    return "metasoft_boundary" in options_of(step, ours.sent) and "metasoft_boundary=" in json.dumps(ours.body)
+
+
+def keeps_every_entry(step: dict, sent: dict) -> bool:
+    """Whether the request leaves the server's ratio as it is."""
+    return not {"metasoft_ratio", "metasoft_budget"} & options_of(step, sent)
 
 
 def is_greedy(sent: dict) -> bool:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import requests
+from transformers import AutoModelForCausalLM
 
 from sglang_metasoft.demo.server import Server
 from tests.differential.streams import read_stream
+from tests.lora_adapters import write_adapter
 from tests.server import forked
 from tests.server.checks import inside_env, inside_lines
 
@@ -21,6 +23,7 @@ COMMON = (
     "--served-model-name", "m", "--enable-cache-report", "--tool-call-parser", "qwen25",
 )  # fmt: skip
 OURS = ("--enable-metasoft", "--metasoft-min-tokens", str(MIN_TOKENS), "--metasoft-window", str(WINDOW))
+ADAPTER = "A"
 CHUNKS = ("--chunked-prefill-size", "256", "--enable-mixed-chunk")
 PAGES = ("--page-size", "16")
 # Name: flags of all three servers, further flags of ours.
@@ -28,6 +31,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "chunks": (CHUNKS, ()),
     "pages": (CHUNKS + PAGES, ()),
     "during-prefill": (CHUNKS + PAGES, ("--metasoft-during-prefill",)),
+    "lora": ((*CHUNKS, "--lora-backend", "torch_native", "--max-loras-per-batch", "2", "--lora-paths", ADAPTER), ()),
     "priority": (("--enable-priority-scheduling", "--disable-overlap-schedule"), ("--no-metasoft-keep-raw",)),
 }
 SESSIONS = ("s0", "s1")
@@ -39,6 +43,7 @@ class Outcome(NamedTuple):
     status: int  # of HTTP; 0: no answer, on purpose or not
     body: object  # parsed JSON, a merged stream or text
     sent: dict  # the request's body, placeholders replaced
+    headers: dict = {}  # of the response, those of ours
 
 
 class Fleet:
@@ -56,6 +61,9 @@ class Fleet:
     def __init__(self, model: Path, folder: Path, variant: str) -> None:
         common, ours = VARIANTS[variant]
         self.model, self.folder = model, folder
+        if ADAPTER in common:
+            adapter = write_adapter(folder / "adapter", AutoModelForCausalLM.from_pretrained(model), 1, size=0.06)
+            common = [f"{ADAPTER}={adapter}" if flag == ADAPTER else flag for flag in common]
         self.flags = {
             "plain": (*COMMON, *common),
             "ratio 1": (*COMMON, *common, *OURS, *ours, "--metasoft-ratio", "1"),
@@ -137,7 +145,7 @@ def post(server: Server, path: str, body: dict, method: str = "POST", **kwargs) 
 
 def send(server: Server, step: dict, body: dict) -> Outcome:
     """Send one step, its placeholders replaced in ``body``, and wait for its end."""
-    kwargs: dict = {"stream": bool(body.get("stream"))}
+    kwargs: dict = {"stream": bool(body.get("stream")), "headers": step.get("headers")}
     aborter = None
     if "hang_up" in step:
         kwargs["timeout"] = step["hang_up"]
@@ -151,7 +159,10 @@ def send(server: Server, step: dict, body: dict) -> Outcome:
             response = post(server, step["then"], {})
         else:
             response = post(server, step["path"], body, step.get("method", "POST"), **kwargs)
-        return Outcome(response.status_code, _parsed(response), body)
+        headers = {
+            key.lower(): value for key, value in response.headers.items() if key.lower().startswith("x-metasoft")
+        }
+        return Outcome(response.status_code, _parsed(response), body, headers)
     except requests.RequestException as error:
         return Outcome(0, f"{type(error).__name__}", body)
     finally:

@@ -3,6 +3,7 @@
 A program is a list of rounds; a round is a list of steps, sent at once; a step is one request::
 
     {"path": "/generate", "body": {...}, "method": "GET",   POST unless given
+     "headers": {...},
      "hang_up": 0.3,                                        the client goes away after so many seconds
      "abort": 0.3,                                          ... or asks for its abortion
      "then": "/continue_generation", "after": 0.3,          a second call so much later
@@ -20,7 +21,7 @@ Placeholders in a body are replaced when it is sent (``programs.resolve``):
 
 from hypothesis import strategies as st
 
-from tests.differential.servers import MIN_TOKENS, SESSIONS, WINDOW
+from tests.differential.servers import ADAPTER, MIN_TOKENS, SESSIONS, WINDOW
 
 yes = st.just(True)
 PAGE, CHUNK, VOCABULARY, DOCUMENT_TOKENS = 16, 256, 49152, 4900
@@ -31,6 +32,7 @@ EDGES = sorted(
     for by in (-1, 0, 1)
 )
 MODEL = "m"
+models = st.sampled_from([MODEL] * 7 + [f"{MODEL}:{ADAPTER}"])
 
 
 @st.composite
@@ -128,7 +130,7 @@ GENERATE = ROUTING | OPENED | {
     "return_flat_raw_top_logprobs": yes, "log_metrics": st.booleans(), "no_logs": yes,
     "return_prompt_token_ids": yes, "return_entropy": yes, "return_routed_experts": yes,
     "conversation_id": st.just("c"), "routing_key": st.just("k"), "custom_labels": st.just({"a": "b"}),
-    "lora_path": st.just("none"), "return_sampling_mask": yes, "require_reasoning": yes,
+    "lora_path": st.sampled_from([ADAPTER, "none"]), "return_sampling_mask": yes, "require_reasoning": yes,
     "multi_item_delimiter_indices": st.just([1]), "background": yes, "max_thinking_tokens": st.just(4),
     "kv_hints": st.just({}), "watermark": st.just({"enabled": False}), "return_indexer_topk": yes,
 }  # fmt: skip
@@ -173,7 +175,7 @@ def generate(draw) -> dict:
 @st.composite
 def completion(draw) -> dict:
     """``POST /v1/completions``."""
-    body = {"model": MODEL, "temperature": 0, "max_tokens": draw(lengths)}
+    body = {"model": draw(models), "temperature": 0, "max_tokens": draw(lengths)}
     body["prompt"] = draw(
         st.one_of(ids, texts, st.lists(ids, min_size=1, max_size=2), st.lists(texts, min_size=1, max_size=2))
     )
@@ -181,7 +183,7 @@ def completion(draw) -> dict:
         "echo": yes, "logprobs": st.integers(0, 3), "best_of": st.integers(1, 2), "suffix": st.just("."),
         "seed": st.integers(0, 3), "min_tokens": st.integers(0, 3), "return_token_ids": yes, "user": st.just("u"),
         "return_cached_tokens_details": yes, "return_hidden_states": yes,
-        "lora_path": st.just("none"), "custom_params": custom_params,
+        "lora_path": st.sampled_from([ADAPTER, "none"]), "custom_params": custom_params,
         "response_format": st.just(NAMED_SCHEMA),
     }  # fmt: skip
     body |= draw(some(oddly(fields, ["stop", "n", "logprobs", "custom_params"]), 4))
@@ -204,7 +206,7 @@ def streams():
 @st.composite
 def chat(draw) -> dict:
     """``POST /v1/chat/completions``."""
-    body = {"model": MODEL, "temperature": 0, "messages": draw(messages)}
+    body = {"model": draw(models), "temperature": 0, "messages": draw(messages)}
     body[draw(st.sampled_from(["max_tokens", "max_completion_tokens"]))] = draw(lengths)
     fields = SHARED_SAMPLING | ROUTING | OPENED | {
         "logprobs": yes, "top_logprobs": st.integers(0, 4), "seed": st.integers(0, 3), "user": st.just("u"),
@@ -305,7 +307,21 @@ bombs = st.sampled_from([
     *[{"path": "/v1/chat/completions", "body": {"model": MODEL, "messages": [{"role": "user", "content": "a"}]} | more}
       for more in ({"logprobs": True, "top_logprobs": 1_000_000}, {"n": 1_000_000})],
 ]).map(lambda step: step | {"ours_only": True})  # fmt: skip
-requests_ = mostly(generate(), st.one_of(completion(), chat(), message(), response()), 2)
-steps = mostly(requests_, st.one_of(admin, ended(st.one_of(generate(), completion(), chat()))), 6)
+
+
+@st.composite
+def with_headers(draw, requests) -> dict:
+    """Settings of ours as HTTP headers, now and then."""
+    step = draw(requests)
+    sampling = step["body"].get("sampling_params", step["body"])
+    if "custom_params" not in sampling and draw(mostly(st.just(False), yes, 8)):
+        options = draw(custom_params)
+        step["headers"] = {f"x-{name.replace('_', '-')}": str(value) for name, value in options.items()}
+    return step
+
+
+requests_ = with_headers(mostly(generate(), st.one_of(completion(), chat(), message(), response()), 2))
+others = st.one_of(admin, ended(st.one_of(generate(), completion(), chat())), bombs)
+steps = mostly(requests_, others, 6)
 rounds = mostly(steps.map(lambda step: [step]), st.lists(steps, min_size=2, max_size=5), 3)
 programs = st.lists(rounds, min_size=1, max_size=6).map(lambda all_rounds: {"rounds": all_rounds})

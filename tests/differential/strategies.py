@@ -52,11 +52,11 @@ def mostly(good, rare, one_in: int = 16):
 long_lengths = mostly(st.sampled_from(EDGES) | st.integers(MIN_TOKENS, 400), st.integers(400, 2500), 12)
 documents = st.tuples(st.sampled_from([0, 800]), st.sampled_from([200, 130, 300, 96, 520])).map(list)
 questions = st.tuples(st.integers(0, 9).map(lambda n: 3000 + 100 * n), st.integers(1, 100)).map(list)
-lone = st.tuples(st.sampled_from([0, 800, 1601, 2000]), st.one_of(st.integers(1, 40), long_lengths)).map(list)
-slices = st.one_of(
+lone = st.tuples(st.sampled_from([0, 800, 1601, 2000]), mostly(long_lengths, st.integers(1, 40), 4)).map(list)
+slices = mostly(
+    st.lists(questions, min_size=1, max_size=2).flatmap(lambda asked: documents.map(lambda part: [part, *asked])),
     lone.map(lambda part: [part]),
-    st.tuples(documents, questions).map(list),
-    st.tuples(documents, questions, questions).map(list),
+    3,
 )
 earlier = st.none() | st.integers(0, 5)
 
@@ -158,8 +158,8 @@ def generate(draw) -> dict:
     else:
         many = draw(st.lists(ids if kind == "batch" else texts, min_size=1, max_size=3))
         body["input_ids" if kind == "batch" else "text"] = many
+    body["return_logprob"] = True
     if draw(mostly(st.just(False), yes, 4)):
-        body["return_logprob"] = True
         body |= draw(
             some({
                 "logprob_start_len": st.sampled_from([0, -1, 1, 50, 96, 100, 168, 199, 200, 201, 299, 400]),
@@ -324,4 +324,4 @@ requests_ = with_headers(mostly(generate(), st.one_of(completion(), chat(), mess
 others = st.one_of(admin, ended(st.one_of(generate(), completion(), chat())), bombs)
 steps = mostly(requests_, others, 6)
 rounds = mostly(steps.map(lambda step: [step]), st.lists(steps, min_size=2, max_size=5), 3)
-programs = st.lists(rounds, min_size=1, max_size=6).map(lambda all_rounds: {"rounds": all_rounds})
+programs = st.lists(rounds, min_size=2, max_size=8).map(lambda all_rounds: {"rounds": all_rounds})

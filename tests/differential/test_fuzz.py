@@ -11,7 +11,7 @@ from tests.differential.servers import VARIANTS, Fleet
 pytestmark = pytest.mark.server
 
 VARIANT = "chunks"
-SEEDS, PROGRAMS = (1, 2), 10
+SEEDS, PROGRAMS = (1, 2), 6
 KEPT = sorted(Path(__file__).with_name("kept").glob("*.json"))
 
 

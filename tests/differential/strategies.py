@@ -82,6 +82,7 @@ NAMED_SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": sc
 CHOICES = ["none", "auto", "required"]
 SCHEMA_TEXT = '{"type":"object","properties":{"a":{"type":"integer"}},"required":["a"]}'
 lengths = mostly(st.integers(1, 8), st.sampled_from([0, 1, 30]), 6)
+counted = mostly(st.integers(1, 8), st.sampled_from([1, 30]), 6)  # to a chat, 0 means no limit
 stops = st.sampled_from([" the", [" a", " of"], ",", "\n", ["zzz"]])
 penalty = st.sampled_from([0.5, -0.5, 2.0, 0.0])
 some_ids = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=3)
@@ -207,7 +208,7 @@ def streams():
 def chat(draw) -> dict:
     """``POST /v1/chat/completions``."""
     body = {"model": draw(models), "temperature": 0, "messages": draw(messages)}
-    body[draw(st.sampled_from(["max_tokens", "max_completion_tokens"]))] = draw(lengths)
+    body[draw(st.sampled_from(["max_tokens", "max_completion_tokens"]))] = draw(counted)
     fields = SHARED_SAMPLING | ROUTING | OPENED | {
         "logprobs": yes, "top_logprobs": st.integers(0, 4), "seed": st.integers(0, 3), "user": st.just("u"),
         "min_tokens": st.integers(0, 3), "custom_params": custom_params,
@@ -227,7 +228,7 @@ def chat(draw) -> dict:
 @st.composite
 def message(draw) -> dict:
     """``POST /v1/messages``."""
-    body = {"model": MODEL, "temperature": 0, "max_tokens": draw(lengths), "messages": draw(messages)}
+    body = {"model": MODEL, "temperature": 0, "max_tokens": draw(counted), "messages": draw(messages)}
     fields = {
         "system": texts, "stop_sequences": st.just([" the"]), "top_k": st.integers(1, 5), "top_p": st.just(0.5),
         "metadata": st.just({"user_id": "u"}), "stream": yes,
@@ -248,7 +249,7 @@ def response(draw) -> dict:
     body = {
         "model": MODEL,
         "temperature": 0,
-        "max_output_tokens": draw(lengths),
+        "max_output_tokens": draw(counted),
         "input": draw(st.one_of(texts, messages)),
     }
     fields = {

@@ -56,7 +56,7 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
         return [] if 400 <= ours.status < 500 else [f"HTTP {ours.status}, not refused: {shortened(ours.body)}"]
     if {"hang_up", "abort"} & set(step) or plain.status == 0 or plain.status >= 500:
         return []
-    if plain.status == 200 and _refuses_boundary(step, ours):
+    if _refuses_boundary(step, ours):
         return []
     if plain.status != ours.status:
         return [f"HTTP {ours.status}, plain {plain.status}: {shortened(ours.body)}"]

@@ -15,6 +15,10 @@ VOLATILE = {
     "id", "rid", "created", "created_at", "e2e_latency", "response_sent_to_client_ts", "num_retractions", "call_id",
     "previous_response_id", "request_id", "cached_tokens_details", "completed_at",
 }  # fmt: skip
+# Of a request without output: SGLang has them if another request in its batch has output (``is_prefill_only``).
+OUTPUT_LOGPROBS = {
+    "output_token_logprobs", "output_token_logprobs_length", "output_top_logprobs", "output_token_ids_logprobs",
+}  # fmt: skip
 FACTS = {"prompt_tokens", "cached_tokens", "input_tokens", "role", "object", "index", "status", "is_done"}
 FIXED_FACTS = FACTS | {"completion_tokens", "output_tokens", "finish_reason", "stop_reason", "total_tokens"}
 STOPPERS = {
@@ -62,7 +66,8 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
         return [f"HTTP {ours.status}, plain {plain.status}: {shortened(ours.body)}"]
     if step["path"] in SHOWN_ONLY:
         return []
-    theirs, own = normalised(plain.body), normalised(ours.body)
+    volatile = VOLATILE | (OUTPUT_LOGPROBS if sampling_of(ours.sent).get("max_new_tokens") == 0 else set())
+    theirs, own = normalised(plain.body, volatile), normalised(ours.body, volatile)
     cached_slack = cached_slack_of(step, ours) if is_timing_free else None
     if plain.status != 200:
         return unequal(theirs, own, None)
@@ -75,7 +80,7 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
         pairs = zip(answers(plain.body), answers(ours.body), strict=False)
         for one, other in pairs:
             if "metasoft_bypass" in other["meta_info"]:
-                found += unequal(normalised(one), normalised(other), None)
+                found += unequal(normalised(one, volatile), normalised(other, volatile), None)
             else:
                 found += prompt_logprobs(one["meta_info"], other["meta_info"])
     return found
@@ -120,16 +125,16 @@ def is_fixed(sent: dict) -> bool:
     return sampling.get("ignore_eos") is True and not STOPPERS & set(sampling)
 
 
-def normalised(value, key: str = ""):
+def normalised(value, volatile: set[str]):
     """Without what is not the same in two runs of one server."""
     if isinstance(value, dict):
-        value = {name: one for name, one in value.items() if name not in VOLATILE and not name.startswith("metasoft_")}
+        value = {name: one for name, one in value.items() if name not in volatile and not name.startswith("metasoft_")}
         if "cache_read_input_tokens" in value and isinstance(value.get("input_tokens"), int):
             cached = value.pop("cache_read_input_tokens") or 0
             value |= {"input_tokens": value["input_tokens"] + cached, "cached_tokens": cached}
-        return {name: normalised(one, name) for name, one in value.items()}
+        return {name: normalised(one, volatile) for name, one in value.items()}
     if isinstance(value, list):
-        return [normalised(one, key) for one in value]
+        return [normalised(one, volatile) for one in value]
     if isinstance(value, str):
         return re.sub(r"\b[0-9a-f]{32}\b", "<id>", value)
     return value

@@ -25,6 +25,7 @@ class Run:
         self.sent: list[dict[str, Outcome]] = []  # for each step that has come back: server to outcome
         self.is_timing_free = True  # whether what the trees hold follows from the program alone
         self.problems: list[str] = []
+        self.is_unsound = False  # a server died, or its books do not add up
         self.counts: Counter = Counter()  # what was seen, to tell a search that saw something
 
     def run(self, program: dict) -> list[str]:
@@ -93,6 +94,7 @@ class Run:
         for name in Fleet.NAMES[1:]:
             if unsound[name] and not unsound["plain"]:
                 self.problems.append(f"{name}: {unsound[name]}")
+                self.is_unsound = True
             if new[name] and not new["plain"]:
                 self.problems.append(f"{name}: a traceback in the log: {new[name]}")
 

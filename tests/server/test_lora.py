@@ -17,7 +17,7 @@ from tests.server.test_reference import calibration_ids, compare_entries
 
 pytestmark = pytest.mark.server
 
-PROMPT_TOKENS, WINDOW, NEW_TOKENS, SINK, TARGETS = 900, 16, 8, 4, 4
+PROMPT_TOKENS, WINDOW, NEW_TOKENS, SINK, TARGETS = 600, 16, 8, 4, 4
 POOL_TOKENS = 32768
 SERVED = (None, "A", "B")
 RATIO_FOUR = {"custom_params": {"metasoft_ratio": 4}}
@@ -161,7 +161,7 @@ def test_an_adapter_is_named_by_its_path_alone(server, adapters, document_ids):
 def test_a_burst_gives_the_answers_of_one_by_one(server, document_ids):
     """Adapters take turns in the pool of three; every prompt is compressed and its repeat reuses its own chain."""
     checks = len(inside_lines(server, "ok"))
-    work = [(SERVED[n % 3], document_ids[30 * n : 30 * n + 400 + 60 * (n % 5)]) for n in range(12)]
+    work = [(SERVED[n % 3], document_ids[30 * n : 30 * n + 400 + 60 * (n % 5)]) for n in range(6)]
     work += [("D", document_ids[700:1100])]
 
     def two_turns(item, salt):

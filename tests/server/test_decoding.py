@@ -1,17 +1,19 @@
-"""Decode steps after a compression: positions against the reference, log-probabilities of the prompt."""
+"""Decode steps after a compression: positions against the reference, beams beside, log-probabilities of the prompt."""
 
 import json
 
 import pytest
+import requests
 
 from tests.reference.meta_soft_reference import Cache, Reference
-from tests.server.checks import SALT, STRICT_CHECKS, metasoft
+from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft
 
 pytestmark = pytest.mark.server
 
 POOL_TOKENS, WINDOW, SINK, TARGETS, MIN_TOKENS = 6000, 64, 4, 4, 512
 STEPS, TOP = 16, 20
 LOGPROB_TOLERANCE = 2e-3  # float32 on both sides; with an offset left out some step is wrong by more than 0.1
+FEW_NEW_TOKENS = 16  # of a request's output that SGLang sets room aside for
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +22,7 @@ def server(start_server, compressor_dir):
         "--dtype", "float32", "--enable-metasoft", "--metasoft-path", str(compressor_dir),
         "--metasoft-config", json.dumps({"consolidation": "attention_flow"}), "--enable-metrics",
         "--max-total-tokens", str(POOL_TOKENS), "--enable-return-hidden-states",
-        env=STRICT_CHECKS,
+        env=STRICT_CHECKS | {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": str(FEW_NEW_TOKENS)},
     )  # fmt: skip
 
 
@@ -95,6 +97,33 @@ def test_two_segments_with_a_boundary_decode_at_their_logical_positions(server, 
     assert error < LOGPROB_TOLERANCE
 
 
+@pytest.mark.skipif(SALT == "extra_key", reason="SGLang 0.5.17 has no beam search")
+def test_beams_decode_beside_a_compressed_request(server, document_ids):
+    """In one batch, whose rows are then not its requests; both answer as they do alone."""
+    ids, beam_ids = document_ids[200:1300], document_ids[2000:2060]
+    long = {"ignore_eos": True}
+    beams = {"input_ids": beam_ids, "sampling_params": {"beam_width": 3, "n": 2, "max_new_tokens": 12}}
+
+    def search() -> list[list[int]]:
+        response = requests.post(f"{server.url}/generate", json=beams, timeout=120)
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        assert answer["meta_info"]["metasoft_bypass"] == "beam_search"
+        return [beam["output_ids"] for beam in answer["meta_info"]["beam_results"]]
+
+    server.generate(ids, 2)  # so that both runs below start from the chain
+    alone, beams_alone = server.generate(ids, 200, sampling_params=long), search()
+    body = {"input_ids": ids, "stream": True, "sampling_params": long | {"max_new_tokens": 200, "temperature": 0}}
+    with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=300) as stream:
+        lines = (json.loads(line[6:]) for line in stream.iter_lines() if line.startswith(b"data: {"))
+        next(lines)
+        assert search() == beams_alone
+        rest = list(lines)
+    assert len(rest) > 20, "the compressed request had ended before the beams"
+    assert rest[-1]["output_ids"] == alone["output_ids"] and metasoft(rest[-1])["kv_tokens"] == 275
+    assert_pool_is_whole(server, POOL_TOKENS)
+
+
 LOGPROB_CASES = {  # prompt tokens, start, boundary seen in the tree, options
     "seen": (600, 540, 570, {}),
     "named": (600, 540, None, {"metasoft_boundary": 599}),
@@ -143,3 +172,15 @@ def assert_logprobs_equal(ours: list, plain: list) -> None:
         else:
             assert one[1] == other[1] and (one[0] is None) == (other[0] is None)
             assert one[0] is None or abs(one[0] - other[0]) < 1e-4
+
+
+def test_room_is_set_aside_for_clients_without_max_tokens(server, document_ids):
+    """Two prompts that fit raw side by side, not with their consolidated entries: the second one waits for them."""
+    prompts = [document_ids[n * 100 :][:2700] for n in (1, 2)]
+    # The first token that has any character ends each.
+    sampling = {"temperature": 0, "max_new_tokens": None, "stop_regex": "."}
+    body = {"input_ids": prompts, "sampling_params": sampling, SALT: "room"}
+    responses = requests.post(f"{server.url}/generate", json=body, timeout=300).json()
+    for response in responses:
+        assert metasoft(response) == {"span_tokens": 2700 - WINDOW, "kv_tokens": 675, "reused_tokens": 0}
+    assert_pool_is_whole(server, POOL_TOKENS)

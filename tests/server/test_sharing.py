@@ -176,7 +176,8 @@ def test_twenty_questions_compute_little_but_themselves(start_server, tokenizer,
     assert shared >= 6000 and POOL_TOKENS < 2 * shared
     result = ask_all(server, prompts, answers, shared, salted=False)
     own = result["own_tokens_after_first"]
-    allowed = 1.1 * own if keep_raw else 1.1 * own + shared
+    # The second computes the first one's raw window again, as far as it is the document's.
+    allowed = 1.1 * own + WINDOW if keep_raw else 1.1 * own + shared
     assert result["computed_after_first"] <= allowed, json.dumps(result)
     assert not result["bypassed"] and max(result["kv_tokens"]) < shared / 4 + 150
     assert_pool_is_whole(server, POOL_TOKENS)

@@ -5,11 +5,14 @@ environment that SGLang reads on import, a server is started as users start it. 
 """
 
 import atexit
+import contextlib
 import functools
+import gc
 import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -119,11 +122,14 @@ def main() -> None:
     sys.path.remove(str(Path(__file__).parent))
     for module in IMPORTED:
         __import__(module)
+    gc.freeze()  # so that a collection in a child copies no shared page
+    started: set[int] = set()
     for line in sys.stdin:
         ((what, value),) = json.loads(line).items()
         if what == "poll":
             pid, status = os.waitpid(value, os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
+            started -= {pid}
         elif (answer := os.fork()) == 0:
             code = 1
             try:
@@ -137,7 +143,14 @@ def main() -> None:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
+        if what == "start":
+            started.add(answer)
         print(json.dumps(answer), file=answers, flush=True)
+    # The tests have ended, perhaps by a signal: what they have not stopped ends too.
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def start_server(model_dir, tmp_path_factory):
     def start(*flags: str, **kwargs) -> Server:
         while running:
             running.pop().stop()
+        flags += ("--sleep-on-idle",)  # else an idle scheduler spins on a core that the other tests want
         if "--enable-metrics" in flags:  # else gauges of an idle server may be half a minute old
             flags += ("--decode-log-interval", "1")
         server = start_one(model_dir, flags, log=tmp_path_factory.mktemp("server") / "server.log", **kwargs)

@@ -20,7 +20,7 @@ POOL_TOKENS, MIN_TOKENS, WINDOW = 8192, 64, 32
 TIMEOUT_SECONDS = 240
 COMMON = (
     "--dtype", "float32", "--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", "16", "--random-seed", "1",
-    "--served-model-name", "m", "--enable-cache-report", "--tool-call-parser", "qwen25",
+    "--served-model-name", "m", "--enable-cache-report", "--tool-call-parser", "qwen25", "--sleep-on-idle",
 )  # fmt: skip
 OURS = ("--enable-metasoft", "--metasoft-min-tokens", str(MIN_TOKENS), "--metasoft-window", str(WINDOW))
 ADAPTER = "A"

@@ -86,7 +86,7 @@ def document_ids(tokenizer, document) -> list[int]:
     return tokenizer(document)["input_ids"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # whose own ``model_dir`` it is made for
 def compressor_dir(model_dir, tmp_path_factory):
     """A compressor written to disk, as training would; its weights are random, its gates not all one."""
     from transformers import AutoModelForCausalLM

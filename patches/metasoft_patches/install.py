@@ -21,11 +21,14 @@ _hooks: dict[str, Callable] = {}
 def register_hooks(targets: Iterable[Target], *owners: Any) -> None:
     """Register hooks; each is the attribute ``target.hook`` of the first of the owners that has it.
 
-    A path that another plugin has hooked already is closed to SGLang's registry: there ours goes on top at once.
+    A path that another plugin has hooked already is closed to SGLang's registry: there ours goes on top at once. A hook
+    that runs already is left as it is.
     """
     for target in targets:
         owner = next((owner for owner in owners if hasattr(owner, target.hook)), owners[-1])
         hook, kind = getattr(owner, target.hook), HookType(target.kind)
+        if _hooks.get(target.path) == hook and _runs(target.path):
+            continue
         HookRegistry.register(target.path, hook, kind, source=SOURCE)
         _hooks[target.path] = hook
         if target.path in HookRegistry._patched:

@@ -42,7 +42,7 @@ def test_virtual_ids_cannot_be_sent(server, document_ids):
     """With any id outside the vocabulary SGLang refuses a request, so that nobody can even try to guess them."""
     ids = document_ids[30:1030]
     server.generate(ids)
-    guess = list(make_virtual_ids("00" * 16, ("guess",), None, array("q", ids), 10))
+    guess = list(make_virtual_ids("00" * 16, ("guess",), None, array("q", ids), array("q"), 10))
     for bad in ([FIRST_VIRTUAL_ID], guess, [-1], [49152], [(1 << 63) - 1]):
         body = {"input_ids": bad + ids[-100:], "sampling_params": {"max_new_tokens": 2}}
         response = requests.post(f"{server.url}/generate", json=body, timeout=60)

@@ -19,8 +19,10 @@ UNKNOWN = "SGLang 0.6.0 is not supported; supported: 0.5.23, 0.5.17"
 
 @pytest.fixture
 def registered(monkeypatch):
-    """The hooks that are registered during the test."""
+    """The hooks that are registered during the test, as in a process that has none yet."""
     monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
+    monkeypatch.setattr(HookRegistry, "_patched", set())
+    monkeypatch.setattr("metasoft_patches.install._hooks", {})
     monkeypatch.setattr("metasoft_patches.frontend.extend_engine", lambda: None)
     return HookRegistry._hooks
 

@@ -199,3 +199,14 @@ def test_the_real_target_that_was_lost(monkeypatch):
     HookRegistry.apply_hooks()
     verify_hooks(targets)
     assert ForwardBatch.init_new(None, None) == "made" and shifted == ["made"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_hook_that_is_registered_twice_runs_once(host, path):
+    call, plain = PATHS[path]
+    owner, targets = Ours(), [Target("scheduler", f"{MODULE}.{path}", "after", "after", (), "")]
+    for _ in range(2):
+        register_hooks(targets, owner)
+        HookRegistry.apply_hooks()
+    assert call(host) == [*plain, "ours"]
+    verify_hooks(targets)

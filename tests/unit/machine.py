@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from metasoft_patches.adapters import load_adapter
 from metasoft_patches.compressor import SchedulerCompressor
+from metasoft_patches.fence import LaunchFence
+from metasoft_patches.ranks import Ranks
 from metasoft_patches.request import RequestState
 from metasoft_patches.scheduler import SchedulerHooks
 from metasoft_patches.stages import StageRunner
@@ -36,6 +38,7 @@ class NotingStages(StageRunner):
     def __init__(self, machine: "Machine") -> None:
         self.machine, self.adapter, self.committer = machine, machine.adapter, machine.compressor.committer
         self.has_probe, self.shape = False, SimpleNamespace(hidden_size=1)
+        self.is_stale, self.unfit, self.device = False, None, torch.device("cpu")
         self.num_probes = 0
 
     def run(self, items):
@@ -54,6 +57,8 @@ class Compressor(SchedulerCompressor):
         self.scheduler, self.config, self.adapter = scheduler, config, adapter
         self.committer = Committer(scheduler.tree_cache, adapter)
         self.page_size, self.metrics, self.settings_id, self.generation = scheduler.page_size, None, "", 0
+        self.ranks, self.fence = Ranks.__new__(Ranks), LaunchFence(scheduler)
+        self.ranks.size = 1
 
 
 class Machine:

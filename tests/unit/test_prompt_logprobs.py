@@ -16,6 +16,8 @@ from sglang_metasoft.types import Bypass
 from tests.unit.sglang_requests import make_chain, make_request
 
 MODEL = SimpleNamespace(vocab_size=49152)
+RUNNER = SimpleNamespace(lora_manager=None)
+SCHEDULER = SimpleNamespace(model_config=MODEL, tp_worker=SimpleNamespace(model_runner=RUNNER))
 WINDOW = 64
 
 
@@ -27,11 +29,18 @@ def published_settings():
         yield
 
 
+def make_hooks(config: MetaSoftConfig) -> SchedulerHooks:
+    """Those of a server whose weights fit."""
+    hooks = SchedulerHooks(config, adapter=None)
+    hooks.compressor = SimpleNamespace(stages=SimpleNamespace(unfit=None, is_stale=False))
+    return hooks
+
+
 def arrive(config: MetaSoftConfig, prompt_tokens: int, start: int, options: dict):
     """A request for log-probabilities from ``start`` on, as the scheduler has it after its arrival."""
     req = make_request(prompt_tokens, options, return_logprob=True)
     recv_req = SimpleNamespace(return_logprob=True, logprob_start_len=start)
-    SchedulerHooks(config, adapter=None).request_made(req, SimpleNamespace(model_config=MODEL), recv_req)
+    make_hooks(config).request_made(req, SCHEDULER, recv_req)
     req.logprob_start_len = start  # which SGLang sets later
     return req
 
@@ -88,7 +97,7 @@ def test_what_is_asked_for_before_the_window_stays_raw():
 def test_scores_at_named_places_of_the_prompt_leave_it_raw(field):
     req = make_request(1000, return_logprob=True, **{field: [990]})
     recv_req = SimpleNamespace(return_logprob=True, logprob_start_len=-1)
-    SchedulerHooks(MetaSoftConfig(), adapter=None).request_made(req, SimpleNamespace(model_config=MODEL), recv_req)
+    make_hooks(MetaSoftConfig()).request_made(req, SCHEDULER, recv_req)
     assert req.metasoft.refusal is Bypass.PROMPT_LOGPROBS
 
 

@@ -19,7 +19,8 @@ from sglang_metasoft.demo import conversation
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.server import Server
 
-METASOFT = ["--enable-metasoft", "--metasoft-ratio", "8", "--metasoft-min-tokens", "128"]
+SHIPPED = ["--metasoft-path", demo_model.COMPRESSOR, "--metasoft-min-tokens", "128"]
+METASOFT = ["--enable-metasoft", *SHIPPED, "--metasoft-ratio", "8"]
 VARIANTS = {
     "plain": [],
     "compressed after prefill": METASOFT,

@@ -1,7 +1,8 @@
 """How many long requests decode at the same time, with and without compression, in an equally small KV pool.
 
-The pool holds four raw prompts of 2,048 tokens plus their output. The same requests go to plain SGLang and to SGLang
-with ``--enable-metasoft``; the figure is the largest ``sglang:num_running_reqs`` that each server reports of itself.
+The pool holds four raw prompts of 2,048 tokens plus their output. The same requests go to plain SGLang, to SGLang with
+``--enable-metasoft`` and to the same with ``--metasoft-during-prefill``; the figure is the largest
+``sglang:num_running_reqs`` that each server reports of itself.
 
     python benchmarks/memory.py [--requests 18] [--output memory.json] [--plot docs/memory.png]
 
@@ -28,7 +29,8 @@ from sglang_metasoft.demo.server import Server
 PROMPT_TOKENS = 2048
 RAW_PROMPTS = 4
 COMMON = ["--enable-metrics", "--decode-log-interval", "1", "--chunked-prefill-size", "256"]
-METASOFT = ["--enable-metasoft", "--metasoft-ratio", "4", "--metasoft-during-prefill", "--metasoft-min-tokens", "128"]
+METASOFT = ["--enable-metasoft", "--metasoft-path", demo_model.COMPRESSOR, "--metasoft-min-tokens", "128"]
+SYSTEMS = {"plain": [], "metasoft": METASOFT, "during_prefill": [*METASOFT, "--metasoft-during-prefill"]}
 
 
 def measure(model: Path, flags: list[str], prompts: list[list[int]], new_tokens: int, over_admit: bool) -> dict:
@@ -68,7 +70,8 @@ def plot(result: dict, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 3.2), layout="constrained")
     for name, label, colour in (
-        ("metasoft", "SGLang --enable-metasoft, ratio 4", "#1668a8"),
+        ("during_prefill", "--enable-metasoft --metasoft-during-prefill, ratio 4", "#7fb3d9"),
+        ("metasoft", "--enable-metasoft, ratio 4", "#1668a8"),
         ("plain", "plain SGLang", "#8a8a8a"),
     ):
         seconds, running, _ = zip(*result[name]["series"], strict=True)
@@ -103,11 +106,12 @@ def main() -> None:
     # Different prompts: each starts elsewhere in the document, so none shares a prefix with another.
     prompts = [(ids[97 * n :] + ids)[:PROMPT_TOKENS] for n in range(args.requests)]
     result = {"date": date.today().isoformat(), "machine": f"{torch.get_num_threads()} cores, {platform.machine()}"}
-    for name, flags in (("plain", []), ("metasoft", METASOFT)):
+    for name, flags in SYSTEMS.items():
         result[name] = measure(model, flags, prompts, args.new_tokens, args.over_admit)
         print(name, json.dumps({key: value for key, value in result[name].items() if key != "series"}), flush=True)
-    result["ratio"] = result["metasoft"]["peak_running_requests"] / result["plain"]["peak_running_requests"]
-    print(f"running requests: {result['ratio']:.2f}x")
+    for name in ("metasoft", "during_prefill"):
+        times = result[name]["peak_running_requests"] / result["plain"]["peak_running_requests"]
+        print(f"running requests, {name}: {times:.2f}x")
     if args.output:
         args.output.write_text(json.dumps(result) + "\n")
     if args.plot:

@@ -63,7 +63,7 @@ def main() -> None:
     columns = ("pool", "raw span", "workload", "prompt tokens", "computed", "no free slots", "seconds")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for (pool, pool_tokens), keep in itertools.product(POOLS.items(), (True, False)):
-        flags = ["--enable-metasoft", "--max-total-tokens", str(pool_tokens)]
+        flags = ["--enable-metasoft", "--metasoft-path", demo_model.COMPRESSOR, "--max-total-tokens", str(pool_tokens)]
         flags.append("--metasoft-keep-raw" if keep else "--no-metasoft-keep-raw")
         with tempfile.TemporaryDirectory() as scratch, Server(model, flags, log=Path(scratch) / "log") as server:
             for workload in (shared_documents, growing_chats):

@@ -6,7 +6,7 @@ plain SGLang. Counted are the prompt tokens computed after the first question, a
 document. The answers of all three are scored by what plain SGLang, with every entry kept, thinks of them: their mean
 log-probability per token.
 
-    python benchmarks/shared_document.py [--method snapkv] [--ratio 4] [--output shared.json]
+    python benchmarks/shared_document.py [--method snapkv --path ''] [--ratio 4] [--output shared.json]
 """
 
 import argparse
@@ -90,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
     parser.add_argument("--method", default="metasoft", help="--metasoft-method of the server")
+    parser.add_argument("--path", default=demo_model.COMPRESSOR, help="--metasoft-path; empty for methods without one")
     parser.add_argument("--ratio", type=float, default=4, help="--metasoft-ratio of the server")
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     args = parser.parse_args()
@@ -99,6 +100,7 @@ def main() -> None:
     prompts, answers, shared = make_prompts(AutoTokenizer.from_pretrained(model))
     common = ["--max-total-tokens", str(POOL_TOKENS)]
     metasoft = ["--enable-metasoft", "--metasoft-method", args.method, "--metasoft-ratio", str(args.ratio)]
+    metasoft += ["--metasoft-path", args.path] if args.path else []
     results = {}
     for name, flags in (("metasoft", [*common, *metasoft]), ("plain", common)):
         with tempfile.TemporaryDirectory() as scratch, Server(model, flags, log=Path(scratch) / "log") as server:

@@ -2,14 +2,13 @@
 
 from importlib.resources import files
 
+from sglang_metasoft.types import ServedModel
+
 CALIBRATION_TOKENS = 1024
 
 
-def calibration_ids(model) -> list[int]:
+def calibration_ids(model: ServedModel) -> list[int]:
     """The first tokens of the shipped public-domain text.
-
-    Args:
-        model: a :class:`sglang_metasoft.score.base.ServedModel`.
 
     Raises:
         ValueError: the server has no tokenizer.

@@ -30,20 +30,24 @@ class StageClock:
         self._seconds: dict[str, float] = {}
         self._events: dict[str, list] = {}
         self._waiting: deque = deque()
+        self.unfinished: str | None = None  # the stage that was begun last, if it has not come to its end
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Around one stage of one layer."""
+        self.unfinished = stage
         if self.device.type == "cpu":
             begin = time.perf_counter()
             yield
             self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - begin
+            self.unfinished = None
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         yield
         end.record()
         self._events.setdefault(stage, []).append((begin, end))
+        self.unfinished = None
 
     def finish(self) -> None:
         """After the last layer of a compression; reports at once, or when the device has come so far."""
@@ -56,7 +60,7 @@ class StageClock:
 
     def drop(self) -> None:
         """After a compression that failed."""
-        self._seconds, self._events = {}, {}
+        self._seconds, self._events, self.unfinished = {}, {}, None
 
     def collect(self) -> None:
         """Report compressions that the device has finished meanwhile."""

@@ -10,7 +10,7 @@ import torch
 
 from sglang_metasoft.calibration import CALIBRATION_TOKENS, calibration_ids
 from sglang_metasoft.rope import rotate, rotate_all, without_factor
-from sglang_metasoft.types import ModelShape, Rope
+from sglang_metasoft.types import ModelShape, Rope, ServedModel
 
 FIRST_TOKENS = 16  # queries next to the sinks are unlike all later ones
 AHEAD_TOKENS = (0, 16, 64, 256, 1024, 2048, 4096)  # how far after the compressed prompt a query may come
@@ -29,14 +29,13 @@ class KeyDirections(NamedTuple):
         return rotate_all(self.unturned, self.rope, position)
 
 
-def fit_key_directions(model, shape: ModelShape, device: torch.device) -> KeyDirections:
+def fit_key_directions(model: ServedModel, shape: ModelShape, device: torch.device) -> KeyDirections:
     """Least squares of ``q·u = 1`` over the queries of a text, turned to several distances after a prompt's end.
 
     Only angles between positions count in attention, so what is fitted to a short text serves any length of prompt.
 
     Args:
-        model: a :class:`sglang_metasoft.score.base.ServedModel`. Without a tokenizer, tokens drawn at random stand for
-            the text: they serve, less well.
+        model: without a tokenizer, tokens drawn at random stand for the text: they serve, less well.
 
     Raises:
         ValueError: the model has no rotary embedding, or several.
@@ -59,7 +58,7 @@ def fit_key_directions(model, shape: ModelShape, device: torch.device) -> KeyDir
     return KeyDirections(torch.stack(directions), rope)
 
 
-def _ids_to_read(model, shape: ModelShape) -> list[int]:
+def _ids_to_read(model: ServedModel, shape: ModelShape) -> list[int]:
     try:
         return calibration_ids(model)
     except ValueError:  # a server without a tokenizer

@@ -2,8 +2,7 @@
 
 import torch
 
-from sglang_metasoft.score.base import Embed
-from sglang_metasoft.types import Probe, Prompt
+from sglang_metasoft.types import Embed, Probe, Prompt
 
 RUN_TOKENS = 64
 LARGEST_SHARE = 8  # of the span, one part in so many

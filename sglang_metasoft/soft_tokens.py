@@ -20,8 +20,7 @@ from torch import nn
 
 from sglang_metasoft.config import shown
 from sglang_metasoft.entry_scorer import MODES, EntryScorer
-from sglang_metasoft.score.base import Embed
-from sglang_metasoft.types import ModelShape
+from sglang_metasoft.types import Embed, ModelShape
 
 FORMAT = "metasoft-compressor-2"
 CONFIG_NAME = "config.json"

@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sglang_metasoft.score.base import Embed
 from sglang_metasoft.soft_tokens import (
     CONFIG_NAME,
     FORMAT,
@@ -22,7 +21,7 @@ from sglang_metasoft.soft_tokens import (
     read_weights,
     resolve_folder,
 )
-from sglang_metasoft.types import ModelShape
+from sglang_metasoft.types import Embed, ModelShape
 
 METHOD = "judge_q"
 

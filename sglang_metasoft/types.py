@@ -5,9 +5,12 @@ G KV heads, r = H / G, d head size, t probe tokens, C entries before the probe, 
 """
 
 import enum
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
+
+Embed = Callable[[torch.Tensor], torch.Tensor]  # [n] int64 token ids to [n, D]
 
 
 class Bypass(enum.StrEnum):
@@ -124,6 +127,19 @@ class Rope(NamedTuple):
 
     cos_sin: torch.Tensor  # [positions, rotated] cosines, then sines
     is_neox: bool  # a dimension turns with the one half the rotated width away, else with its neighbour
+
+
+class ServedModel(Protocol):
+    """What a method may ask of the loaded model before the first prompt."""
+
+    def rope(self) -> Rope:
+        """The rotary embedding. Raises ValueError if the model has none, or several."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Raises ValueError if the server has no tokenizer."""
+
+    def queries(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Run ``[n]`` token ids through the model: for each layer ``[n, H, d]`` queries after RoPE, of this rank."""
 
 
 class Job(NamedTuple):

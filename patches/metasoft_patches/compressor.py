@@ -7,7 +7,7 @@ import torch
 
 from metasoft_patches.admission import bypass_reason
 from metasoft_patches.fence import LaunchFence
-from metasoft_patches.metrics import Metrics, stage_of
+from metasoft_patches.metrics import Metrics
 from metasoft_patches.model import check_model, model_shape
 from metasoft_patches.ranks import InStepFault, Outcome, Ranks
 from metasoft_patches.request import RequestState
@@ -161,7 +161,7 @@ class SchedulerCompressor:
             slots = self.committer.reserve(plan.kept_slots)
         except Exception as error:
             slots, outcome = None, Outcome.FAULT
-            self._report_fault(error, 1)
+            self._report_fault(error, "reserve")
         return Reserved(position, req, plan, slots, Outcome.SOUND if slots is not None else outcome)
 
     def _weights_unfit(self) -> Bypass | None:
@@ -173,7 +173,7 @@ class SchedulerCompressor:
             except Exception as error:
                 if self.ranks.size > 1:  # which the others may not share
                     raise
-                self._report_fault(error, 1)
+                self._report_fault(error, "weights")
                 return Bypass.FAULT
         return Bypass.WEIGHTS if self.stages.unfit else None
 
@@ -202,7 +202,8 @@ class SchedulerCompressor:
                     "MetaSoft: a fault outside of the stages, in which the ranks cannot agree: the server ends"
                 )
                 raise
-            self._report_fault(error.__cause__ if isinstance(error, InStepFault) else error, len(reserved))
+            cause = error.__cause__ if isinstance(error, InStepFault) else error
+            self._report_fault(cause, self.stages.failed_stage, len(reserved))
             return [min(item.outcome, Outcome.FAULT) for item in reserved]
         finally:
             if scheduler.enable_overlap:
@@ -244,10 +245,10 @@ class SchedulerCompressor:
                 state.make_plan(self.config, self.page_size)  # too little yet; the plan for the whole prompt stands
         return chosen
 
-    def _report_fault(self, error: BaseException, requests: int) -> None:
+    def _report_fault(self, error: BaseException, stage: str, requests: int = 1) -> None:
         logger.error("MetaSoft: compression failed, %d requests stay uncompressed", requests, exc_info=error)
         for _ in range(requests):
-            self._count_fault(stage_of(error))
+            self._count_fault(stage)
 
     def _count_fault(self, stage: str) -> None:
         if self.metrics is not None:

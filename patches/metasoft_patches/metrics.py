@@ -1,7 +1,6 @@
 """Keeps the metrics of one scheduler process; which there are says :mod:`sglang_metasoft.metrics`."""
 
 import time
-from pathlib import PurePath
 
 from sglang_metasoft.metrics import BUCKETS_SECONDS, METRICS, PREFIX
 from sglang_metasoft.types import Plan
@@ -72,16 +71,3 @@ class Metrics:
         self._of("saved_slots_now").set(self._saved_slots)
         self._of("index_chains").set(len(chains))
         self._of("index_tokens").set(chains.num_tokens)
-
-
-def stage_of(error: BaseException) -> str:
-    """The stage in which an exception was raised: the innermost of the project's own modules that it passed."""
-    stage, step = "probe", error.__traceback__
-    while step is not None:
-        path = PurePath(step.tb_frame.f_code.co_filename)
-        if path.parent.parent.name == "metasoft_kernels":
-            stage = path.parent.name
-        elif path.parent.name == "sglang_metasoft" and path.stem in ("route", "merge", "commit"):
-            stage = path.stem
-        step = step.tb_next
-    return stage

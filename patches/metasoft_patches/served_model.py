@@ -1,4 +1,4 @@
-"""The loaded model, as far as a method may ask it: :class:`sglang_metasoft.score.base.ServedModel`."""
+"""The loaded model, as far as a method may ask it: :class:`sglang_metasoft.types.ServedModel`."""
 
 import torch
 from metasoft_kernels.probe import attend

@@ -96,6 +96,11 @@ class StageRunner:
             self.adapter_directions = lora.AdapterDirections(self.runner, self._fit_directions)
         self.is_stale = False
 
+    @property
+    def failed_stage(self) -> str:
+        """Where :meth:`run` was when it raised; a fault outside of a layer is the probe's."""
+        return self.clock and self.clock.unfinished or "probe"
+
     def _fit_directions(self, lora_id: str) -> KeyDirections:
         model = LoadedModel(self.scheduler, self.adapter, self._embed, lora_id)
         return fit_key_directions(model, self.shape, self.device)
@@ -115,17 +120,17 @@ class StageRunner:
             InStepFault: a stage failed on this rank of several, which took part in the whole probe all the same.
         """
         guard = Guard(is_shared=self.size > 1)
+        clock = self.clock or no_clock
+        if self.clock is not None:
+            self.clock.drop()  # what a compression that failed has left
         for req, _, _ in items:
             self._adapter_directions_of(req)  # may run the model, on all ranks: before one of them alone can fail
         jobs = [self._make_job_in_step(guard, *item) for item in items]
         trace = [[] for _ in jobs] if self.config.trace_dir else None
         finite = [[] for _ in jobs]
-        batch, clock = None, no_clock
+        batch = None
         with guard():
             batch = self._fused_batch(jobs) if guard.error is None else None
-        if self.clock is not None:
-            self.clock.drop()  # what a compression that failed has left
-            clock = self.clock
         lengths = [job.probe.embeds.shape[0] for job in jobs]
 
         def on_layer(layer, q, k, v, pool):

@@ -100,7 +100,7 @@ class HFModel:
         return Prefilled(layers, self.logits(hidden[0, -1]))
 
     def rope(self) -> Rope:
-        """The rotary embedding, as :class:`sglang_metasoft.score.base.ServedModel` has it."""
+        """The rotary embedding, as :class:`sglang_metasoft.types.ServedModel` has it."""
         return read_rope(self.model)
 
     def encode(self, text: str) -> list[int]:

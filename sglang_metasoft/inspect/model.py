@@ -97,7 +97,7 @@ class InspectedModel:
         return method
 
     def rope(self) -> Rope:
-        """As :class:`sglang_metasoft.score.base.ServedModel` has it."""
+        """As :class:`sglang_metasoft.types.ServedModel` has it."""
         return read_rope(self.model)
 
     def encode(self, text: str) -> list[int]:

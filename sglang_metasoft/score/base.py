@@ -1,30 +1,12 @@
 """What a method has to say: which tokens probe the prompt, and how their attention becomes importance."""
 
-from collections.abc import Callable
-from typing import Protocol
-
 import torch
 from metasoft_kernels.score import importance
 
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.key_bias import KeyDirections, fit_key_directions
 from sglang_metasoft.merge import load_consolidation
-from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Rope, Scores
-
-Embed = Callable[[torch.Tensor], torch.Tensor]
-
-
-class ServedModel(Protocol):
-    """What a method may ask of the loaded model before the first prompt."""
-
-    def rope(self) -> Rope:
-        """The rotary embedding. Raises ValueError if the model has none, or several."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Raises ValueError if the server has no tokenizer."""
-
-    def queries(self, ids: torch.Tensor) -> list[torch.Tensor]:
-        """Run ``[n]`` token ids through the model: for each layer ``[n, H, d]`` queries after RoPE, of this rank."""
+from sglang_metasoft.types import Embed, LayerView, ModelShape, Probe, Prompt, Scores, ServedModel
 
 
 class Method:

@@ -3,8 +3,8 @@
 import torch
 
 from sglang_metasoft.rope import rotate
-from sglang_metasoft.score.base import Method, ServedModel
-from sglang_metasoft.types import LayerView, Probe, Prompt, Rope, Scores
+from sglang_metasoft.score.base import Method
+from sglang_metasoft.types import LayerView, Probe, Prompt, Rope, Scores, ServedModel
 
 FUTURE_TOKENS = 512
 

@@ -3,8 +3,8 @@
 import torch
 
 from sglang_metasoft.calibration import calibration_ids
-from sglang_metasoft.score.base import Method, ServedModel
-from sglang_metasoft.types import LayerView, Scores
+from sglang_metasoft.score.base import Method
+from sglang_metasoft.types import LayerView, Scores, ServedModel
 
 
 class QFilters(Method):

@@ -1,6 +1,8 @@
 """A fault while compressing: the request is served uncompressed, the reason reported, and nothing leaks."""
 
 import json
+import re
+from collections import Counter
 
 import pytest
 import requests
@@ -43,6 +45,8 @@ def test_a_fault_leaves_the_request_uncompressed(start_server, document_ids, tmp
 
 
 STAGES = dict.fromkeys(("probe", "reserve", "job", "nan", "layer", "write"), "fault") | {"reserve": "no_free_slots"}
+# What the metric of faults calls them; a pool without room is not a fault.
+COUNTED_AS = dict.fromkeys(STAGES, "probe") | {"reserve": None, "nan": "not_finite", "write": "write"}
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +56,23 @@ def faulty_server(start_server):
     return start_server(*flags, env=inside_env())
 
 
+def faults_of(server) -> Counter:
+    """The metric of faults, by stage."""
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    found = re.findall(r'^sglang:metasoft_faults_total\{.*?stage="(\w+)".*?\} (\S+)$', text, re.MULTILINE)
+    return Counter({name: int(float(value)) for name, value in found})
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_may_fail(faulty_server, document_ids, stage):
     """Served as by plain SGLang, and said so; the next one like it is compressed."""
     start = 150 * list(STAGES).index(stage)
     ids = document_ids[start : start + 1000]
     plain = faulty_server.generate(ids, 12, custom_params={"metasoft_ratio": 1}, **{SALT: "plain"})
+    before = faults_of(faulty_server)
     response = faulty_server.generate(ids, 12, rid=f"inside-{stage}")
+    expected = Counter([COUNTED_AS[stage]] if COUNTED_AS[stage] else [])
+    assert faults_of(faulty_server) - before == expected
     assert metasoft(response) == {"span_tokens": 0, "kv_tokens": 1000, "reused_tokens": 0, "bypass": STAGES[stage]}
     assert response["output_ids"] == plain["output_ids"] and response["meta_info"]["prompt_tokens"] == 1000
     assert len(inside_lines(faulty_server, f"fault {stage}")) == 1

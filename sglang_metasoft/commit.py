@@ -36,7 +36,7 @@ class Committer:
         evict_from_tree_cache(self.tree_cache, num_slots)
         return self.allocator.alloc(num_slots)
 
-    def give_back(self, slots: torch.Tensor) -> None:
+    def release(self, slots: torch.Tensor) -> None:
         """Free reserved slots that were not committed."""
         self.allocator.free_segment(slots, start_pos=0)
 

@@ -43,6 +43,15 @@ class Bypass(enum.StrEnum):
     FAULT = "fault", "met a fault in a stage; the server's log has it"
 
 
+class BypassLifetime(enum.IntEnum):
+    """How long a bypass holds; of several the longest counts."""
+
+    PLAN = 0  # until the next span is planned
+    CHUNK = 1  # of one chunk of a prefill: the next one tries again
+    SCHEDULE = 2  # until the request is scheduled anew
+    REQUEST = 3
+
+
 class ModelShape(NamedTuple):
     """The model, as far as a compressor has to know it. Counts are of the whole model, not of one rank."""
 

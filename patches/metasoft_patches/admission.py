@@ -67,17 +67,13 @@ class Admission:
 
     def _footprint(self, req, prefix_slots: int = 0) -> Footprint:
         state: RequestState = req.metasoft
-        chain_slots = state.chain.slots if state.chain else 0
         return chunked_footprint(
             self.config,
-            prompt_tokens=len(state.raw_ids),
+            prompt_tokens=len(state.prompt_ids),
             chunk_tokens=self.scheduler.chunked_prefill_size,
             page_size=self.page_size,
-            chain_tokens=state.chain.tokens if state.chain else 0,
-            chain_slots=chain_slots,
-            reused_tokens=state.reused_chain.tokens if state.reused_chain else 0,
-            reused_slots=state.reused_chain.slots if state.reused_chain else 0,
-            raw_tokens=max(prefix_slots - chain_slots, 0),
+            **state.chain_lengths,
+            raw_tokens=max(prefix_slots - state.chain_slots, 0),
             boundary_tokens=state.boundary_tokens,
             end_limit_tokens=state.end_limit_tokens,
             options=state.options,
@@ -96,7 +92,7 @@ class Admission:
         pool_slots = scheduler.max_total_num_tokens
         if self.compresses_chunks and not req.finished() and req.to_finish is None:
             footprint = Footprint(len(req.origin_input_ids), len(req.origin_input_ids))
-            if bypass_reason(req, self.adapter) is None and req.metasoft.refusal is None:
+            if bypass_reason(req, self.adapter) is None and not req.metasoft.is_bypassed:
                 footprint = self._footprint(req)
             if self._fits(footprint):
                 saved = len(req.origin_input_ids) - footprint.final_slots

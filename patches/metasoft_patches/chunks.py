@@ -14,7 +14,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from metasoft_patches.request import RequestState
 from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.config import shown
-from sglang_metasoft.types import Bypass
+from sglang_metasoft.types import Bypass, BypassLifetime
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,9 @@ class ChunkGuard:
 
     def _end(self, req) -> None:
         """Answer that the prompt does not fit. SGLang ends a request after a prefill only: one more token of it."""
-        reason, computed = req.metasoft.failure, self.adapter.prefix_len(req)
-        req.metasoft.skip(reason or Bypass.NO_FREE_SLOTS)  # what is left of its prompt is no longer the one planned for
+        reason, computed = req.metasoft.bypasses.get(BypassLifetime.CHUNK), self.adapter.prefix_len(req)
+        # What is left of its prompt is no longer the one planned for.
+        req.metasoft.set_bypass(reason or Bypass.NO_FREE_SLOTS, BypassLifetime.SCHEDULE)
         why = f" and could not be compressed ({reason.value})" if reason else ""
         logger.error("MetaSoft: request %s ends at token %d: the KV pool is full%s", shown(req.rid), computed, why)
         message = f"The prompt is longer than the free KV pool{why}. Try again."

@@ -1,35 +1,52 @@
 """Compression inside one scheduler process: picks requests after a prefill, has them compressed, commits the result."""
 
 import logging
-from typing import NamedTuple
+from array import array
+from typing import Any, NamedTuple
 
 import torch
 
-from metasoft_patches.admission import bypass_reason
 from metasoft_patches.fence import LaunchFence
+from metasoft_patches.matching import PrefixMatcher
 from metasoft_patches.metrics import Metrics
 from metasoft_patches.model import check_model, model_shape
+from metasoft_patches.namespaces import Namespaces
 from metasoft_patches.ranks import InStepFault, Outcome, Ranks
 from metasoft_patches.request import RequestState
 from metasoft_patches.stages import StageRunner
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
-from sglang_metasoft.chains import Chain, Found, make_virtual_ids
+from sglang_metasoft.chains import Chain, make_virtual_ids
 from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig, settings_of, shown
-from sglang_metasoft.types import Bypass, Plan
+from sglang_metasoft.types import Bypass, BypassLifetime, Plan
 
 logger = logging.getLogger(__name__)
 
-# Chains of one prompt that are tried against the tree; more exist only where prompts nearly repeat each other.
-MAX_CANDIDATES = 3
+
+class Chosen(NamedTuple):
+    """A span that is to be compressed."""
+
+    position: int  # of its request in the batch
+    req: Any  # SGLang's Req
+    plan: Plan
+
+
+class Twin(NamedTuple):
+    """A span that becomes the same entries as another request's."""
+
+    position: int
+    req: Any
+    plan: Plan
+    first: Any  # the request that is compressed
+    segment_ids: array  # of the compressed segment
 
 
 class Reserved(NamedTuple):
-    """A request that is about to be compressed."""
+    """A span that is about to be compressed."""
 
-    position: int  # in the batch
-    req: object
+    position: int
+    req: Any
     plan: Plan
     slots: torch.Tensor | None  # [B] for the consolidated entries; None: there was no room on this rank
     outcome: Outcome  # so far
@@ -61,9 +78,8 @@ class SchedulerCompressor:
         self.metrics = Metrics(reporter.metrics_collector.labels) if has_metrics else None
         self.ranks, self.fence = Ranks(), LaunchFence(scheduler)
         self.stages = StageRunner(scheduler, config, adapter, self.committer, self.shape, self.metrics)
-        # Compressions under other settings are other content.
-        self.settings_id = f"{config.describe()} {self.stages.method.identity}"
-        self.generation = 0
+        self.namespaces = Namespaces(adapter, f"{config.describe()} {self.stages.method.identity}")
+        self.matcher = PrefixMatcher(config, adapter, scheduler.tree_cache, self.namespaces)
         logger.info(
             "MetaSoft is active: %s; %s; runs on %s",
             self.stages.method.description, config.describe(), self.stages.kernels.description,
@@ -71,11 +87,9 @@ class SchedulerCompressor:
 
     def weights_changed(self) -> None:
         """Drop what was computed with the old weights; the method follows them when it is next needed."""
-        self.generation += 1
+        self.namespaces.generation += 1
         self.tree_cache.chains.clear()
         self.stages.is_stale = True
-
-    # -- per batch ---------------------------------------------------------------------------------------------
 
     def compress_finished(self, batch) -> None:
         """Compress the requests of a just launched batch whose prefill it completes.
@@ -83,31 +97,32 @@ class SchedulerCompressor:
         Called right after the forward was launched: nothing here waits for the device. Requests that cannot be
         compressed stay raw, with the reason on their state.
         """
-        done: set[int] = set()
+        left_raw: set[int] = set()
         # A prompt may hold several spans: a shared document, then what follows it.
-        while chosen := self._choose(batch, done):
+        while chosen := self._choose(batch, left_raw):
             first, twins = self._pair(chosen)
-            self._compress(batch, first, done)
+            left_raw |= self._compress(batch, first)
             self._adopt(batch, twins)
 
-    def _compress(self, batch, chosen: list[tuple[int, object, Plan]], done: set[int]) -> None:
-        """Compress one span of each chosen request; adds to ``done`` who must not be tried again after this forward."""
+    def _compress(self, batch, chosen: list[Chosen]) -> set[int]:
+        """Compress one span of each chosen request.
+
+        Returns:
+            Whose spans stayed raw, by ``id``: not to be tried again after this forward.
+        """
         scheduler = self.scheduler
         if scheduler.enable_overlap:
             # The forward still reads the rows that the steps below change.
             scheduler.schedule_stream.wait_stream(scheduler.forward_stream)
         if reason := self._weights_unfit():
-            for _, req, _ in chosen:
-                self._skip(req, reason, done)
-            return
-        reserved = [self._reserve(*who) for who in chosen]
+            return {self._leave_raw(item.req, reason) for item in chosen}
+        reserved = [self._reserve(item) for item in chosen]
+        left_raw: set[int] = set()
         if self.ranks.size == 1:
-            for item in reserved:
-                if item.slots is None:
-                    self._skip(item.req, item.outcome.bypass, done)
+            left_raw = {self._leave_raw(item.req, item.outcome.bypass) for item in reserved if item.slots is None}
             reserved = [item for item in reserved if item.slots is not None]
         if not reserved:
-            return
+            return left_raw
         own = self._run_stages(reserved)
         shrink = [0] * len(batch.reqs)
         for (position, req, plan, slots, _), mine, outcome in zip(reserved, own, self.ranks.agree(own), strict=True):
@@ -119,50 +134,50 @@ class SchedulerCompressor:
                 logger.error("MetaSoft: request %s stays as it is: another rank could not compress it", shown(req.rid))
                 self._count_fault("other_rank")
             if slots is not None:
-                self.committer.give_back(slots)
-            self._skip(req, outcome.bypass, done)
+                self.committer.release(slots)
+            left_raw.add(self._leave_raw(req, outcome.bypass))
         self._shrink_batch(batch, shrink)
         # SGLang keeps admission shut, once it was full, until a request leaves; here slots came free without one.
         scheduler.running_batch.batch_is_full = False
+        return left_raw
 
-    def _pair(self, chosen: list[tuple[int, object, Plan]]) -> tuple[list, list]:
+    def _pair(self, chosen: list[Chosen]) -> tuple[list[Chosen], list[Twin]]:
         """Part the spans into those to compress and those that become the same entries as one of them.
 
-        Such are equal prompts, and the same document up to a boundary. Each twin comes with the request that it equals
-        and the virtual ids of the segment.
+        Such are equal prompts, and the same document up to a boundary.
         """
         if len(chosen) == 1:
             return chosen, []
-        first: dict[bytes, object] = {}
+        first: dict[bytes, Any] = {}
         rest, twins = [], []
-        for position, req, plan in chosen:
-            ids = self._extend_chain(req, plan).segment_ids.tobytes()
-            if req.skip_radix_cache_insert or first.setdefault(ids, req) is req:
-                rest.append((position, req, plan))
+        for item in chosen:
+            ids = self._extend_chain(item.req, item.plan).segment_ids
+            if item.req.skip_radix_cache_insert or first.setdefault(ids.tobytes(), item.req) is item.req:
+                rest.append(item)
             else:
-                twins.append((position, req, plan, first[ids], ids))
+                twins.append(Twin(*item, first[ids.tobytes()], ids))
         return rest, twins
 
-    def _adopt(self, batch, twins: list) -> None:
+    def _adopt(self, batch, twins: list[Twin]) -> None:
         """Put each twin onto the entries that its first has left in the tree; without them it is chosen again."""
         shrink = [0] * len(batch.reqs)
         for position, req, plan, first, ids in twins:
             chain = first.metasoft.chain
-            if chain is not None and chain.segment_ids.tobytes() == ids:
+            if chain is not None and chain.segment_ids == ids:
                 slots = self.committer.row(first)[plan.start_slots : plan.start_slots + plan.kept_slots]
                 self._commit(req, plan, slots.to(torch.int64), is_adopted=True)
                 shrink[position] = plan.saved_slots
         if any(shrink):
             self._shrink_batch(batch, shrink)
 
-    def _reserve(self, position: int, req, plan: Plan) -> Reserved:
+    def _reserve(self, item: Chosen) -> Reserved:
         outcome = Outcome.NO_FREE_SLOTS
         try:
-            slots = self.committer.reserve(plan.kept_slots)
+            slots = self.committer.reserve(item.plan.kept_slots)
         except Exception as error:
             slots, outcome = None, Outcome.FAULT
             self._report_fault(error, "reserve")
-        return Reserved(position, req, plan, slots, Outcome.SOUND if slots is not None else outcome)
+        return Reserved(*item, slots, Outcome.SOUND if slots is not None else outcome)
 
     def _weights_unfit(self) -> Bypass | None:
         """Why nothing can be compressed with the present weights, or None."""
@@ -222,12 +237,12 @@ class SchedulerCompressor:
             for item, sound in zip(reserved, is_sound, strict=True)
         ]
 
-    def _choose(self, batch, done: set[int]) -> list[tuple[int, object, Plan]]:
+    def _choose(self, batch, left_raw: set[int]) -> list[Chosen]:
         decoding = {id(req) for req in batch.decoding_reqs or ()}
         chosen = []
         for position, req in enumerate(batch.reqs):
             state: RequestState | None = getattr(req, "metasoft", None)
-            if state is None or state.plan is None or id(req) in decoding or id(req) in done or req.finished():
+            if state is None or state.plan is None or id(req) in decoding or id(req) in left_raw or req.finished():
                 continue
             is_last_chunk = self._is_last_chunk(req)
             if is_last_chunk:
@@ -238,9 +253,9 @@ class SchedulerCompressor:
                 continue
             plan = state.plan
             if plan is not None and plan.end_slots >= self.adapter.protected_len(req):
-                chosen.append((position, req, plan))
+                chosen.append(Chosen(position, req, plan))
             elif plan is not None:
-                self._skip(req, Bypass.SHARED_WINDOW, done)
+                self._leave_raw(req, Bypass.SHARED_WINDOW)
             elif not is_last_chunk:
                 state.make_plan(self.config, self.page_size)  # too little yet; the plan for the whole prompt stands
         return chosen
@@ -276,15 +291,19 @@ class SchedulerCompressor:
         """Whether the last extend completed the request's prefill."""
         return self.adapter.extend_end(req) == len(req.full_untruncated_fill_ids)
 
-    def _skip(self, req, reason: Bypass, done: set[int]) -> None:
-        """Leave a request's span as it is; after a chunk that is not the last, the next one tries again."""
-        done.add(id(req))
+    def _leave_raw(self, req, reason: Bypass) -> int:
+        """Leave a request's span as it is; after a chunk that is not the last, the next one tries again.
+
+        Returns:
+            The request's ``id``.
+        """
         state: RequestState = req.metasoft
         if self._is_last_chunk(req):
-            state.skip(reason)
+            state.set_bypass(reason, BypassLifetime.SCHEDULE)
         else:
-            state.failure = reason
+            state.set_bypass(reason, BypassLifetime.CHUNK)
             state.make_plan(self.config, self.page_size)
+        return id(req)
 
     def _commit(self, req, plan: Plan, slots: torch.Tensor, is_adopted: bool = False) -> None:
         state: RequestState = req.metasoft
@@ -298,22 +317,22 @@ class SchedulerCompressor:
         state.plan = next_plan
         if self.metrics is not None and not is_adopted:
             self.metrics.span_compressed(plan)
-        if state.generation == self.generation and not req.skip_radix_cache_insert:
-            index, tenant = self.tree_cache.chains, self.tenant(req)
-            index.add(tenant, self.namespace(req), chain, state.raw_ids + req.output_ids)
+        if state.generation == self.namespaces.generation and not req.skip_radix_cache_insert:
+            index, tenant = self.tree_cache.chains, self.namespaces.tenant(req)
+            index.add(tenant, self.namespaces.namespace(req), chain, state.logical_ids(req))
             if is_last_chunk:
-                index.remember_prompt(tenant, state.raw_ids)
+                index.remember_prompt(tenant, state.prompt_ids)
 
     def _extend_chain(self, req, plan: Plan) -> Chain:
         state: RequestState = req.metasoft
-        start = state.chain.tokens if state.chain else 0
+        start = state.chain_tokens
         end = start + plan.span_tokens
         probed = state.probed_tokens(plan, self.adapter.extend_end(req))
-        # Outputs of a retracted request come after the prompt; its probe sees them too.
-        ids = state.raw_ids + req.output_ids
+        ids = state.logical_ids(req)
         new_ids = make_virtual_ids(
-            self.config.secret, self.namespace(req), state.chain, ids[start:end], ids[end:probed], plan.kept_slots
-        )
+            self.config.secret, self.namespaces.namespace(req), state.chain, ids[start:end], ids[end:probed],
+            plan.kept_slots,
+        )  # fmt: skip
         return Chain.extend(state.chain, new_ids, end, probed)
 
     def _shrink_batch(self, batch, shrink: list[int]) -> None:
@@ -323,71 +342,6 @@ class SchedulerCompressor:
         batch.seq_lens_cpu = batch.seq_lens_cpu - host
         batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
 
-    # -- per request -------------------------------------------------------------------------------------------
-
     @property
     def tree_cache(self):
         return self.committer.tree_cache
-
-    def tenant(self, req) -> tuple:
-        """What separates raw prefixes: the client's own keys, and with them SGLang keeps the LoRA adapter."""
-        return self.adapter.tenant(req)
-
-    def namespace(self, req) -> tuple:
-        """What separates chains: tenant, settings, and the weights that the KV was computed with.
-
-        An adapter's id is a new one each time that it is loaded.
-        """
-        state: RequestState = req.metasoft
-        return (self.settings_id, state.generation, req.lora_id, *self.tenant(req), state.namespace_options)
-
-    def match_prefix(self, match, req, tree_cache, *args, takes_raw_prefix: bool = True, **kwargs) -> None:
-        """Match a waiting request against the tree in the form, raw or compact, that leaves the least to compute.
-
-        Args:
-            match: SGLang's ``Req.init_next_round_input``.
-            takes_raw_prefix: else nothing raw is taken from the tree.
-        """
-        state: RequestState = req.metasoft
-        state.restart(req)
-        state.takes_raw_prefix = takes_raw_prefix
-        state.adopt_prompt(req)
-        state.generation = self.generation
-        state.refusal = state.refusal or bypass_reason(req, self.adapter)
-        found = Found([], 0, 0)
-        if state.refusal is None:
-            ids = state.raw_ids + req.output_ids
-            found = tree_cache.chains.match(
-                self.tenant(req), self.namespace(req), ids, len(state.raw_ids), MAX_CANDIDATES
-            )
-        limit = state.end_limit_tokens
-        chains = [chain for chain in found.chains if limit is None or chain.tokens <= limit]
-
-        def match_with(chain: Chain | None) -> int:
-            """Match in compact form with this chain, or raw; returns the logical tokens matched, -1 if it is gone."""
-            state.restore_raw(req)
-            if chain is not None:
-                state.use_chain(req, chain)
-            state.plan = None  # which would cap the match at its span's end
-            match(req, tree_cache, *args, **kwargs)
-            matched_slots = self.adapter.prefix_len(req)
-            if chain is not None and matched_slots < chain.slots:
-                tree_cache.chains.discard(chain)  # evicted from the tree meanwhile
-                return -1
-            state.see_shared_head(matched_slots + state.offset, found, self.page_size)
-            state.make_plan(self.config, self.page_size)
-            if state.plan is not None and matched_slots > state.plan.end_slots:
-                match(req, tree_cache, *args, **kwargs)
-            return self.adapter.prefix_len(req) + state.offset
-
-        best, best_tokens, tried = None, -1, None
-        for chain in (*chains, None):
-            tried, tokens = chain, match_with(chain)
-            if tokens > best_tokens:
-                best, best_tokens = chain, tokens
-            if tokens == len(state.raw_ids) + len(req.output_ids) - 1:
-                break  # nothing can match more
-        if tried is not best:
-            match_with(best)
-        if best is not None:
-            tree_cache.chains.touch(best)

@@ -5,26 +5,26 @@ from array import array
 from sglang_metasoft.chains import Chain, Found
 from sglang_metasoft.config import NO_COMPRESSION, MetaSoftConfig
 from sglang_metasoft.policy import plan_span
-from sglang_metasoft.types import Bypass, Plan
+from sglang_metasoft.types import Bypass, BypassLifetime, Plan
 
 
 class RequestState:
-    """Raw and compact form of a request's prompt, and what is planned for it.
+    """A request as a sequence of logical tokens, prompt and outputs, and what of it is, and is to be, compressed.
 
-    In compact form the ids of the compressed prefix are replaced by a chain of virtual ids; only the radix tree and
-    the scheduler's bookkeeping ever see those.
+    Three counts differ once a part is compressed: logical tokens, which positions, plans and reports go by; entries of
+    the row, fewer by ``offset``; and SGLang's ids, one for each entry. In compact form the ids of the compressed prefix
+    are replaced by a chain of virtual ids; only the radix tree and the scheduler's bookkeeping ever see those.
     """
 
     def __init__(self, req, options: dict) -> None:
         self.named_boundary: int | None = options.get("boundary")
         self.options = {name: value for name, value in options.items() if name != "boundary"}
-        # A refusal holds for the request's life, a skip until it is scheduled anew.
-        self.refusal: Bypass | None = Bypass.OPTED_OUT if NO_COMPRESSION in self.options.values() else None
-        self.skipped: Bypass | None = None
-        self.failure: Bypass | None = None  # the last, of a chunk that was not the prompt's last
+        self.bypasses: dict[BypassLifetime, Bypass] = {}
+        if NO_COMPRESSION in self.options.values():
+            self.set_bypass(Bypass.OPTED_OUT, BypassLifetime.REQUEST)
         self.restarts = 0  # because its next chunk did not fit
         self.takes_raw_prefix = True  # of the tree, after its chain
-        self.raw_ids: array = req.origin_input_ids
+        self.prompt_ids: array = req.origin_input_ids
         self.compact_ids: array | None = None
         self.chain: Chain | None = None
         self.reused_chain: Chain | None = None  # the part of it that was there before
@@ -36,13 +36,55 @@ class RequestState:
         self.generation = 0  # of the weights that its KV is computed with
         self.reused_tokens = 0
         self.is_reuse_counted = False
-        self._no_plan = Bypass.TOO_SHORT
         self._raw_logprob_start: int | None = None
+
+    @property
+    def chain_tokens(self) -> int:
+        """Prompt tokens that are compressed."""
+        return self.chain.tokens if self.chain else 0
+
+    @property
+    def chain_slots(self) -> int:
+        """Entries that they became."""
+        return self.chain.slots if self.chain else 0
 
     @property
     def offset(self) -> int:
         """Logical position minus row index, for every token after the chain."""
         return self.chain.offset if self.chain else 0
+
+    @property
+    def chain_lengths(self) -> dict[str, int]:
+        """Of the whole chain and of its reused part, as :func:`sglang_metasoft.policy.plan_span` takes them."""
+        return {
+            "chain_tokens": self.chain_tokens,
+            "chain_slots": self.chain_slots,
+            "reused_tokens": self.reused_chain.tokens if self.reused_chain else 0,
+            "reused_slots": self.reused_chain.slots if self.reused_chain else 0,
+        }
+
+    def logical_ids(self, req) -> array:
+        """Token ids of the whole sequence: the prompt as it came and, of a request that continues, its outputs."""
+        return self.prompt_ids + req.output_ids
+
+    @property
+    def bypass(self) -> Bypass | None:
+        """Why something of it is not compressed."""
+        return self.bypasses[max(self.bypasses)] if self.bypasses else None
+
+    @property
+    def is_bypassed(self) -> bool:
+        """Whether nothing more of it will be compressed, unless it is scheduled anew."""
+        return any(lifetime >= BypassLifetime.SCHEDULE for lifetime in self.bypasses)
+
+    def set_bypass(self, reason: Bypass, lifetime: BypassLifetime) -> None:
+        """Note why the request, or a part of it, is not compressed; the first reason for a whole request stays."""
+        if lifetime is BypassLifetime.REQUEST:
+            self.bypasses.setdefault(lifetime, reason)
+        else:
+            self.bypasses[lifetime] = reason
+        if lifetime is BypassLifetime.SCHEDULE:
+            self.plan = None
 
     @property
     def namespace_options(self) -> tuple:
@@ -51,13 +93,13 @@ class RequestState:
 
     def owns_prompt(self, req) -> bool:
         """Whether the request's prompt is still the one we know (SGLang replaces it when it rejects a request)."""
-        ours = self.raw_ids if self.chain is None else self.compact_ids
+        ours = self.prompt_ids if self.chain is None else self.compact_ids
         return req.origin_input_ids is ours
 
     def adopt_prompt(self, req) -> None:
         """Take the request's prompt as the raw one, if it was changed (truncated) after arrival."""
-        if self.chain is None and req.origin_input_ids is not self.raw_ids:
-            self.raw_ids = req.origin_input_ids
+        if self.chain is None and req.origin_input_ids is not self.prompt_ids:
+            self.prompt_ids = req.origin_input_ids
 
     def use_chain(self, req, chain: Chain) -> None:
         """Switch the request to compact form."""
@@ -70,7 +112,7 @@ class RequestState:
     def set_chain(self, req, chain: Chain) -> array:
         """Note the chain and return the compact prompt; the caller installs it."""
         self.chain = chain
-        self.compact_ids = chain.virtual_ids + self.raw_ids[chain.tokens :]
+        self.compact_ids = chain.virtual_ids + self.prompt_ids[chain.tokens :]
         if self._raw_logprob_start is None:
             self._raw_logprob_start = req.logprob_start_len
         if self._raw_logprob_start >= 0:
@@ -82,7 +124,7 @@ class RequestState:
         if self.chain is None:
             return
         if self.owns_prompt(req):
-            req.origin_input_ids = self.raw_ids
+            req.origin_input_ids = self.prompt_ids
             req.full_untruncated_fill_ids = array("q")
             req.logprob_start_len = self._raw_logprob_start
         self._raw_logprob_start = None
@@ -95,27 +137,25 @@ class RequestState:
         Once any part of the prompt is compressed, "too short" only means that the rest is not worth a segment yet.
         """
         self.plan = None
-        if self.refusal or self.skipped:
+        if self.is_bypassed:
             return
         plan = plan_span(
             config,
-            prompt_tokens=len(self.raw_ids) if prompt_tokens is None else prompt_tokens,
+            prompt_tokens=len(self.prompt_ids) if prompt_tokens is None else prompt_tokens,
             page_size=page_size,
-            whole_tokens=len(self.raw_ids),
-            reused_tokens=self.reused_chain.tokens if self.reused_chain else 0,
-            reused_slots=self.reused_chain.slots if self.reused_chain else 0,
-            chain_tokens=self.chain.tokens if self.chain else 0,
-            chain_slots=self.chain.slots if self.chain else 0,
+            whole_tokens=len(self.prompt_ids),
+            **self.chain_lengths,
             boundary_tokens=self.boundary_tokens,
             end_limit_tokens=self.end_limit_tokens,
             options=self.options,
         )
         if isinstance(plan, Plan):
             self.plan = plan
+            self.bypasses.pop(BypassLifetime.PLAN, None)
         else:
-            self._no_plan = plan
+            self.set_bypass(plan, BypassLifetime.PLAN)
 
-    def see_shared_head(self, matched_tokens: int, found: Found, page_size: int) -> None:
+    def update_boundary(self, matched_tokens: int, found: Found, page_size: int) -> None:
         """Set the boundary to where this prompt leaves earlier ones, unless the client named one.
 
         Args:
@@ -126,7 +166,7 @@ class RequestState:
         if self.named_boundary is not None:
             return
         # The tree knows outputs and uncompressed prompts too; but one that holds all that it may match is a repeat.
-        is_parted_in_tree = matched_tokens < (len(self.raw_ids) - 1) // page_size * page_size
+        is_parted_in_tree = matched_tokens < (len(self.prompt_ids) - 1) // page_size * page_size
         if matched_tokens > found.seen_tokens and is_parted_in_tree:
             self.boundary_tokens = matched_tokens
         else:
@@ -142,29 +182,23 @@ class RequestState:
             return self.offset + plan.end_slots
         return self.offset + row_end
 
-    def skip(self, reason: Bypass) -> None:
-        """Leave the request as it is, until it is scheduled anew."""
-        self.plan = None
-        self.skipped = reason
-
     def restart(self, req) -> None:
         """Forget everything that happened to the request's KV, after SGLang released it."""
         self.restore_raw(req)
         self.plan = None
-        self.skipped = None
-        self.failure = None
+        self.bypasses = {
+            lifetime: reason for lifetime, reason in self.bypasses.items() if lifetime is BypassLifetime.REQUEST
+        }
         self.takes_raw_prefix = True
         self.boundary_tokens = self.named_boundary
 
     def report(self) -> dict:
         """The flat ``meta_info`` fields of the response, some of ``headers.REPORT_FIELDS``."""
-        chain_tokens = self.chain.tokens if self.chain else 0
-        chain_slots = self.chain.slots if self.chain else 0
         fields = {
-            "metasoft_span_tokens": chain_tokens,
-            "metasoft_kv_tokens": chain_slots + len(self.raw_ids) - chain_tokens,
+            "metasoft_span_tokens": self.chain_tokens,
+            "metasoft_kv_tokens": len(self.prompt_ids) - self.offset,
             "metasoft_reused_tokens": self.reused_tokens,
         }
-        if chain_tokens == 0:
-            fields["metasoft_bypass"] = (self.refusal or self.skipped or self._no_plan).value
+        if self.chain_tokens == 0:
+            fields["metasoft_bypass"] = (self.bypass or Bypass.TOO_SHORT).value
         return fields

@@ -1,5 +1,7 @@
 """Hooks inside a scheduler process. Each translates one moment of SGLang's scheduling into a call of the compressor."""
 
+import functools
+
 import numpy as np
 import torch
 
@@ -14,7 +16,7 @@ from metasoft_patches.transfer import to_device
 from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.chains import FIRST_VIRTUAL_ID
 from sglang_metasoft.config import MetaSoftConfig, RequestOptions, shown
-from sglang_metasoft.types import Bypass
+from sglang_metasoft.types import Bypass, BypassLifetime
 
 
 class SchedulerHooks:
@@ -45,15 +47,16 @@ class SchedulerHooks:
             # Among them could be virtual ids; and none of them can be computed.
             req.set_finish_with_abort(f"input_ids: an id is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
         if self.compressor.stages.unfit and not self.compressor.stages.is_stale:
-            state.refusal = state.refusal or Bypass.WEIGHTS
+            state.set_bypass(Bypass.WEIGHTS, BypassLifetime.REQUEST)
         if recv_req.return_logprob and recv_req.logprob_start_len >= 0:
             state.end_limit_tokens = recv_req.logprob_start_len  # SGLang fills the request's own field later
             if state.end_limit_tokens < prompt_tokens - self.config.window:
-                state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS
+                state.set_bypass(Bypass.PROMPT_LOGPROBS, BypassLifetime.REQUEST)
         if changes_embedding(scheduler.tp_worker.model_runner, req.lora_id):
-            state.refusal = state.refusal or Bypass.LORA
+            state.set_bypass(Bypass.LORA, BypassLifetime.REQUEST)
         if getattr(req, "token_indices_to_pool", None) or req.multi_item_delimiter_indices:
-            state.refusal = state.refusal or Bypass.PROMPT_LOGPROBS  # read by their places in the raw prompt
+            # Read by their places in the raw prompt.
+            state.set_bypass(Bypass.PROMPT_LOGPROBS, BypassLifetime.REQUEST)
         if state.named_boundary is not None and state.named_boundary >= prompt_tokens and req.to_finish is None:
             req.set_finish_with_abort(RequestOptions.beyond_prompt(state.named_boundary, prompt_tokens))
 
@@ -89,15 +92,14 @@ class SchedulerHooks:
         state = getattr(req, "metasoft", None)
         if state is None or tree_cache is None or self.adapter.holds_kv(req):
             return original(req, tree_cache, *args, **kwargs)
-        self.compressor.match_prefix(original, req, tree_cache, *args, **kwargs)
-        if not self.admission.has_room_for_prefix(req):
-            self.compressor.match_prefix(original, req, tree_cache, *args, takes_raw_prefix=False, **kwargs)
+        match_tree = functools.partial(original, req, tree_cache, *args, **kwargs)
+        self.compressor.matcher.match(match_tree, req, self.admission.has_room_for_prefix)
 
     def cap_prefix(self, max_prefix_len: int, req, input_len: int) -> int | None:
         """AFTER ``Req._compute_max_prefix_len``: the window stays the request's own until its span is compressed."""
         state = getattr(req, "metasoft", None)
         if state is not None and not state.takes_raw_prefix:
-            return min(max_prefix_len, state.chain.slots if state.chain else 0)
+            return min(max_prefix_len, state.chain_slots)
         if state is None or state.plan is None:
             return None
         return min(max_prefix_len, state.plan.end_slots)
@@ -120,7 +122,7 @@ class SchedulerHooks:
             # At the first extend alone: any chain after it is the request's own work.
             if state is not None and not state.is_reuse_counted:
                 state.is_reuse_counted = True
-                state.reused_tokens = state.chain.tokens if state.chain else 0
+                state.reused_tokens = state.chain_tokens
                 req.cached_tokens += state.offset
                 req.cached_tokens_device += state.offset
         return result
@@ -145,7 +147,8 @@ class SchedulerHooks:
             state = getattr(req, "metasoft", None)
             if state is None:
                 continue
-            prompt_tokens[number] += state.offset
+            if state.owns_prompt(req):
+                prompt_tokens[number] = len(state.prompt_ids)
             if self.compressor.metrics is not None and req.finished():
                 self.compressor.metrics.request_finished(state.report())
 

@@ -214,12 +214,11 @@ class StageRunner:
 
     def _make_job(self, req, plan: Plan, slots: torch.Tensor) -> Job:
         state: RequestState = req.metasoft
-        chain_tokens = state.chain.tokens if state.chain else 0
+        chain_tokens = state.chain_tokens
         span_end = chain_tokens + plan.span_tokens
         context_tokens = state.probed_tokens(plan, self.adapter.extend_end(req))
         context_slots = context_tokens - state.offset
-        # Outputs of a retracted request come after the prompt; they are part of the tail.
-        ids = state.raw_ids + req.output_ids
+        ids = state.logical_ids(req)
         if self.has_probe:
             prompt = Prompt(
                 span_ids=self._ids(ids[chain_tokens:span_end]),

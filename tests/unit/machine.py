@@ -4,6 +4,7 @@ Only the arithmetic on keys and values is left out. In its place every slot of t
 it holds, so that it can be checked at any time that a request's row holds nothing that its own tokens do not explain.
 """
 
+import functools
 from array import array
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -13,6 +14,8 @@ import torch
 from metasoft_patches.adapters import load_adapter
 from metasoft_patches.compressor import SchedulerCompressor
 from metasoft_patches.fence import LaunchFence
+from metasoft_patches.matching import PrefixMatcher
+from metasoft_patches.namespaces import Namespaces
 from metasoft_patches.ranks import Ranks
 from metasoft_patches.request import RequestState
 from metasoft_patches.scheduler import SchedulerHooks
@@ -56,7 +59,8 @@ class Compressor(SchedulerCompressor):
     def __init__(self, scheduler, config, adapter) -> None:
         self.scheduler, self.config, self.adapter = scheduler, config, adapter
         self.committer = Committer(scheduler.tree_cache, adapter)
-        self.page_size, self.metrics, self.settings_id, self.generation = scheduler.page_size, None, "", 0
+        self.page_size, self.metrics, self.namespaces = scheduler.page_size, None, Namespaces(adapter, "")
+        self.matcher = PrefixMatcher(config, adapter, scheduler.tree_cache, self.namespaces)
         self.ranks, self.fence = Ranks.__new__(Ranks), LaunchFence(scheduler)
         self.ranks.size = 1
 
@@ -111,7 +115,7 @@ class Machine:
 
     def match(self, req: Req, match_prefix=None) -> None:
         """Look for its prefix in the tree, as a scheduling attempt does."""
-        match_prefix = match_prefix or self.compressor.match_prefix
+        match_prefix = match_prefix or self.match_prefix
         original = Req._compute_max_prefix_len
 
         def capped(req, input_len):
@@ -121,6 +125,10 @@ class Machine:
 
         with patch.object(Req, "_compute_max_prefix_len", capped):
             match_prefix(Req.init_next_round_input, req, self.tree)
+
+    def match_prefix(self, original, req: Req, tree) -> None:
+        """As the hook does, in a pool that has room."""
+        self.compressor.matcher.match(functools.partial(original, req, tree), req, has_room=lambda req: True)
 
     def prefill(self, *reqs: Req) -> None:
         """Match and prefill the requests in one batch, or chunk by chunk."""
@@ -202,7 +210,7 @@ class Machine:
 
     def ids(self, req: Req) -> array:
         """Prompt and outputs."""
-        return req.metasoft.raw_ids + req.output_ids
+        return req.metasoft.prompt_ids + req.output_ids
 
     def explain(self, req: Req, slots: torch.Tensor, tokens: int) -> array:
         """The first tokens of a request that shape something which sees ``tokens`` of it by way of these slots."""

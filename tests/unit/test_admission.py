@@ -10,7 +10,7 @@ from metasoft_patches.admission import Admission
 from metasoft_patches.chunks import ChunkGuard
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.types import Bypass
+from sglang_metasoft.types import Bypass, BypassLifetime
 from tests.unit.sglang_requests import make_chain, make_request
 
 CONTEXT = 131_072
@@ -37,7 +37,8 @@ def test_a_prompt_that_is_ended_is_not_planned_any_more(failure):
     req, config = make_request(4000), MetaSoftConfig(during_prefill=True)
     state = req.metasoft
     state.use_chain(req, make_chain(2000, 500))
-    state.failure = failure
+    if failure:
+        state.set_bypass(failure, BypassLifetime.CHUNK)
     req.refresh_fill_ids()
     req.prefix_len = 2306 - state.offset
     state.make_plan(config, 1)
@@ -47,4 +48,4 @@ def test_a_prompt_that_is_ended_is_not_planned_any_more(failure):
     for tokens in (None, 4000, 2307):
         state.make_plan(config, 1, tokens)
         assert state.plan is None
-    assert state.skipped is (failure or Bypass.NO_FREE_SLOTS)
+    assert state.bypass is (failure or Bypass.NO_FREE_SLOTS)

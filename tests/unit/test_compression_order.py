@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("sglang")
 from metasoft_patches import compressor as module
-from metasoft_patches.compressor import SchedulerCompressor
+from metasoft_patches.compressor import Chosen, SchedulerCompressor
 from metasoft_patches.fence import LaunchFence
 from metasoft_patches.ranks import Guard, InStepFault, Outcome
 
@@ -38,9 +38,14 @@ class Recorded:
         compressor.adapter = SimpleNamespace(request_of_rows=lambda batch: torch.arange(len(batch.reqs)))
         compressor.ranks = SimpleNamespace(size=sizes, agree=self.agree)
         compressor.fence = LaunchFence(self.scheduler)
-        compressor.committer = SimpleNamespace(reserve=self.reserve, give_back=lambda slots: self.note("give back"))
+        compressor.committer = SimpleNamespace(reserve=self.reserve, release=lambda slots: self.note("release"))
         compressor.stages = SimpleNamespace(
-            run=self.run, device=torch.device("cpu"), is_stale=False, unfit=None, follow_weights=self.follow_weights
+            failed_stage="score",
+            run=self.run,
+            device=torch.device("cpu"),
+            is_stale=False,
+            unfit=None,
+            follow_weights=self.follow_weights,
         )
         monkeypatch.setattr(module.SchedulerCompressor, "_commit", lambda *args: self.note("commit"))
         monkeypatch.setattr(module.SchedulerCompressor, "_is_last_chunk", lambda *args: True)
@@ -69,13 +74,13 @@ class Recorded:
         return self.note("agree", outcomes if self.agreed is None else self.agreed)
 
     def compress(self, requests=1) -> list:
-        reqs = [SimpleNamespace(rid=str(n), metasoft=SimpleNamespace(skip=None)) for n in range(requests)]
+        reqs = [SimpleNamespace(rid=str(n), metasoft=SimpleNamespace()) for n in range(requests)]
         self.skipped = {}
         for req in reqs:
-            req.metasoft.skip = lambda reason, rid=req.rid: self.skipped.__setitem__(rid, reason)
+            req.metasoft.set_bypass = lambda reason, lifetime, rid=req.rid: self.skipped.__setitem__(rid, reason)
         lens = torch.full((requests,), 10)
         batch = SimpleNamespace(reqs=reqs, seq_lens=lens, seq_lens_cpu=lens.clone(), seq_lens_sum=10 * requests)
-        self.compressor._compress(batch, [(n, req, PLAN) for n, req in enumerate(reqs)], set())
+        self.compressor._compress(batch, [Chosen(n, req, PLAN) for n, req in enumerate(reqs)])
         return batch.seq_lens.tolist()
 
 
@@ -93,7 +98,7 @@ def test_so_it_does_after_a_fault(monkeypatch):
     """Kernels of the layers before it are queued and read the slots; what reuses those comes after them."""
     recorded = Recorded(monkeypatch, fails={"stages": RuntimeError("layer 7")})
     assert recorded.compress() == [10] and recorded.skipped == {"0": Bypass.FAULT}
-    assert recorded.steps == [*QUEUED, "agree", "give back"]
+    assert recorded.steps == [*QUEUED, "agree", "release"]
     assert recorded.scheduler.batch_record_buf[1] == [recorded.into]
 
 
@@ -149,7 +154,7 @@ def test_a_rank_without_room_takes_part(monkeypatch):
     recorded.compress(2)
     assert [slots.tolist() for slots in recorded.into] == [[0, 0], [0, 1]]
     assert recorded.own == [Outcome.NO_FREE_SLOTS, Outcome.SOUND]
-    assert recorded.skipped == {"0": Bypass.NO_FREE_SLOTS} and recorded.steps.count("give back") == 0
+    assert recorded.skipped == {"0": Bypass.NO_FREE_SLOTS} and recorded.steps.count("release") == 0
 
 
 def test_what_another_rank_could_not_do_is_not_committed_here(monkeypatch):
@@ -157,7 +162,7 @@ def test_what_another_rank_could_not_do_is_not_committed_here(monkeypatch):
     recorded.agreed = [Outcome.SOUND, Outcome.NOT_FINITE, Outcome.NO_FREE_SLOTS]
     assert recorded.compress(3) == [4, 10, 10] and recorded.own == [Outcome.SOUND] * 3
     assert recorded.skipped == {"1": Bypass.FAULT, "2": Bypass.NO_FREE_SLOTS}
-    assert recorded.steps[-3:] == ["commit", "give back", "give back"]
+    assert recorded.steps[-3:] == ["commit", "release", "release"]
 
 
 def test_a_fault_in_step_is_agreed_upon_and_any_other_ends_the_server(monkeypatch):

@@ -63,7 +63,7 @@ def compress(req, config: MetaSoftConfig, page_size: int, ends: list[int], bound
 
 def returned_ids(req, start: int) -> list[int]:
     """SGLang's answer to the request: the ids that it returns with the log-probabilities."""
-    count = req.metasoft.raw_ids[start:]
+    count = req.metasoft.prompt_ids[start:]
     processor = SchedulerLogprobResultProcessor(model_config=MODEL)
     output = SimpleNamespace(input_token_logprobs=tuple(-1.0 for _ in count))
     processor.add_input_logprob_return_values(0, req, output, 0, len(count), last_prefill_chunk=True)
@@ -85,12 +85,12 @@ def test_a_boundary_in_the_window_gives_way(prompt_tokens, start, boundary, opti
     config = MetaSoftConfig(ratio=ratio)
     req = arrive(config, prompt_tokens, start, options)
     assert compress(req, config, 1, [prompt_tokens], boundary) == 1 and req.metasoft.chain.tokens == span
-    assert returned_ids(req, start) == list(req.metasoft.raw_ids[start:])
+    assert returned_ids(req, start) == list(req.metasoft.prompt_ids[start:])
 
 
 def test_what_is_asked_for_before_the_window_stays_raw():
     req = arrive(MetaSoftConfig(), 1000, 1000 - WINDOW - 1, {})
-    assert req.metasoft.refusal is Bypass.PROMPT_LOGPROBS
+    assert req.metasoft.bypass is Bypass.PROMPT_LOGPROBS
 
 
 @pytest.mark.parametrize("field", ["token_indices_to_pool", "multi_item_delimiter_indices"])
@@ -98,7 +98,7 @@ def test_scores_at_named_places_of_the_prompt_leave_it_raw(field):
     req = make_request(1000, return_logprob=True, **{field: [990]})
     recv_req = SimpleNamespace(return_logprob=True, logprob_start_len=-1)
     make_hooks(MetaSoftConfig()).request_made(req, SCHEDULER, recv_req)
-    assert req.metasoft.refusal is Bypass.PROMPT_LOGPROBS
+    assert req.metasoft.bypass is Bypass.PROMPT_LOGPROBS
 
 
 @settings(max_examples=200, deadline=None)
@@ -123,4 +123,4 @@ def test_every_returned_id_is_the_prompts_own(data):
     ends = [*range(chunk, prompt_tokens, chunk), prompt_tokens]
     spans = compress(req, config, page_size, ends, boundary)
     assert not spans or req.metasoft.chain.tokens <= start
-    assert returned_ids(req, start) == list(req.metasoft.raw_ids[start:])
+    assert returned_ids(req, start) == list(req.metasoft.prompt_ids[start:])

@@ -185,7 +185,7 @@ class Serving(RuleBasedStateMachine):
 
     @rule()
     def update_weights(self):
-        self.machine.compressor.generation += 1
+        self.machine.compressor.namespaces.generation += 1
         self.machine.tree.chains.clear()
 
     # -- what must hold ------------------------------------------------------------------------------------------
@@ -200,13 +200,13 @@ class Serving(RuleBasedStateMachine):
         ids, chain = self.machine.ids(req), state.chain
         assert req.prefix_len + state.offset < len(ids)
         if chain is None:
-            assert req.origin_input_ids is state.raw_ids
+            assert req.origin_input_ids is state.prompt_ids
             return
         assert req.prefix_len >= chain.slots, "a chain that the tree does not hold was named"
-        namespace = self.machine.compressor.namespace(req)
+        namespace = self.machine.compressor.namespaces.namespace(req)
         required = next(ids for known, owner, ids in self.indexed if known is chain and owner == namespace)
         assert ids[: len(required)] == required
-        assert req.origin_input_ids == chain.virtual_ids + state.raw_ids[chain.tokens :]
+        assert req.origin_input_ids == chain.virtual_ids + state.prompt_ids[chain.tokens :]
 
     def finish(self, req):
         self.running.remove(req)
@@ -224,10 +224,10 @@ class Serving(RuleBasedStateMachine):
             locked.update(row[: req.kv.cache_protected_len].tolist())
             owned += -(-req.kv.kv_allocated_len // self.page) * self.page - req.kv.cache_protected_len
             state = req.metasoft
-            computed = len(state.raw_ids) + max(len(req.output_ids) - 1, 0)
+            computed = len(state.prompt_ids) + max(len(req.output_ids) - 1, 0)
             if req is not self.chunked:
                 assert req.kv.kv_allocated_len + state.offset == computed
-                assert state.report()["metasoft_kv_tokens"] + state.offset == len(state.raw_ids)
+                assert state.report()["metasoft_kv_tokens"] + state.offset == len(state.prompt_ids)
             machine.check_row(req, req.kv.kv_allocated_len)
         # A request may hold its lock for longer than it holds the node's slots: until it publishes again.
         assert tree.protected_size() >= len(locked)

@@ -89,7 +89,7 @@ def test_each_kind_forgets_whether_it_succeeds_or_not(target, succeeds, monkeypa
     monkeypatch.setattr(module, "msgspec", SimpleNamespace(structs=structs), raising=False)
     hooks = SchedulerHooks(MetaSoftConfig(), load_adapter())
     compressor = hooks.compressor = SchedulerCompressor.__new__(SchedulerCompressor)
-    compressor.generation, forgotten = 5, []
+    compressor.namespaces, forgotten = SimpleNamespace(generation=5), []
     tree = SimpleNamespace(chains=SimpleNamespace(clear=lambda: forgotten.append("chains")))
     compressor.committer, compressor.stages = SimpleNamespace(tree_cache=tree), SimpleNamespace(is_stale=False)
     register_hooks([target], hooks)
@@ -101,7 +101,7 @@ def test_each_kind_forgets_whether_it_succeeds_or_not(target, succeeds, monkeypa
          "shapes", "group_name", "serialized_named_tensors", "torch_empty_cache", "disable_draft_model"), None,
     ), selector="all")  # fmt: skip
     getattr(owner, name)(manager, request)
-    assert forgotten == ["chains"] and compressor.generation == 6 and compressor.stages.is_stale
+    assert forgotten == ["chains"] and compressor.namespaces.generation == 6 and compressor.stages.is_stale
 
 
 # -- methods -------------------------------------------------------------------------------------------------------

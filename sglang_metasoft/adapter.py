@@ -52,6 +52,10 @@ class Adapter(ABC):
         """Where the last extend ended: entries in the request's row once it has run."""
 
     @abstractmethod
+    def row_end(self, req) -> int:
+        """Entries in the request's row, reserved ones included: past the last extend once it decodes."""
+
+    @abstractmethod
     def protected_len(self, req) -> int:
         """Entries at the start of the row that belong to the radix tree and are locked for the request."""
 
@@ -80,10 +84,11 @@ class Adapter(ABC):
         """Whether sampling depends on the prompt's ids."""
 
     @abstractmethod
-    def move_row(self, req, *, end: int, protected_len: int) -> None:
-        """Note that the request's row was rewritten and now ends at ``end``.
+    def shrink_row(self, req, *, saved_slots: int, protected_len: int) -> None:
+        """Note that the request's row was rewritten and now holds ``saved_slots`` entries less.
 
-        The tree owns the first ``protected_len`` entries; the lock stays where it is until the next insertion.
+        What is computed and what is reserved stay as far apart as they were. The tree owns the first ``protected_len``
+        entries; the lock stays where it is until the next insertion.
         """
 
     @abstractmethod

@@ -98,7 +98,7 @@ class Committer:
         adapter = self.adapter
         row = self.row(req)
         start, end = plan.start_slots, plan.end_slots
-        row_end = adapter.extend_end(req)
+        row_end = adapter.row_end(req)
         if keep_raw and end > adapter.protected_len(req):
             self.tree_cache.publish_raw(req, up_to=end)
         protected_len = adapter.protected_len(req)
@@ -115,7 +115,7 @@ class Committer:
         adapter.refresh_ids(req)
         # Less than the start where an earlier segment was kept out of the tree.
         protected_len = start + plan.kept_slots if is_in_tree else min(protected_len, start)
-        adapter.move_row(req, end=compact_end, protected_len=protected_len)
+        adapter.shrink_row(req, saved_slots=plan.saved_slots, protected_len=protected_len)
         # At once: a later insertion would leave a window in which the index knows a chain that the tree lacks.
         self.tree_cache.publish(req, up_to=compact_end if insert_tail else start + plan.kept_slots)
         adapter.set_prefix(req, row, compact_end)

@@ -39,6 +39,9 @@ class SGLangAdapter(Adapter):
     def extend_end(self, req):
         return req.extend_range.end
 
+    def row_end(self, req):
+        return req.kv.kv_allocated_len
+
     def protected_len(self, req):
         return req.cache_protected_len
 
@@ -60,11 +63,12 @@ class SGLangAdapter(Adapter):
     def is_watermarked(self, req):
         return False  # this version has none
 
-    def move_row(self, req, *, end, protected_len):
+    def shrink_row(self, req, *, saved_slots, protected_len):
+        end = req.extend_range.end - saved_slots
         req.set_extend_range(end, end)
         req.already_computed = end
-        req.kv.kv_allocated_len = end
-        req.kv_committed_len = end
+        req.kv.kv_allocated_len -= saved_slots
+        req.kv_committed_len -= saved_slots
         req.cache_protected_len = protected_len
 
     def set_prefix(self, req, row, end):

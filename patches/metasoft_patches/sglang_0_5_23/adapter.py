@@ -33,6 +33,9 @@ class SGLangAdapter(Adapter):
     def extend_end(self, req):
         return req.extend_end
 
+    def row_end(self, req):
+        return req.kv.kv_allocated_len
+
     def protected_len(self, req):
         return req.kv.cache_protected_len
 
@@ -54,11 +57,11 @@ class SGLangAdapter(Adapter):
     def is_watermarked(self, req):
         return req.sampling_params.watermark is not None
 
-    def move_row(self, req, *, end, protected_len):
-        req.extend_end = end
-        req.already_computed = end
-        req.kv.kv_allocated_len = end
-        req.kv.kv_committed_len = end
+    def shrink_row(self, req, *, saved_slots, protected_len):
+        req.extend_end -= saved_slots
+        req.already_computed = req.extend_end
+        req.kv.kv_allocated_len -= saved_slots
+        req.kv.kv_committed_len -= saved_slots
         req.kv.cache_protected_len = protected_len
         req.kv.cache_inserted_len = min(req.kv.cache_inserted_len, protected_len)
 

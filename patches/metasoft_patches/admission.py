@@ -8,7 +8,7 @@ from metasoft_patches.request import RequestState
 from sglang_metasoft.adapter import Adapter
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.policy import Footprint, chunked_footprint
-from sglang_metasoft.types import Bypass
+from sglang_metasoft.types import Bypass, Plan
 
 
 class Admission:
@@ -42,21 +42,21 @@ class Admission:
         Args:
             is_admission: the request is asking to be admitted; else a chunk of it is being charged.
         """
-        state: RequestState = req.metasoft
+        plan: Plan = req.metasoft.plan
         prefix_slots = self.adapter.prefix_len(req)
         raw_slots = len(req.full_untruncated_fill_ids) - prefix_slots
         # As much of the output as SGLang sets room aside for, too.
         new_tokens = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), CLIP_MAX_NEW_TOKENS)
-        wanted = raw_slots + state.plan.kept_slots + new_tokens + 2 * self.page_size
+        wanted = raw_slots + plan.kept_slots + new_tokens + 2 * self.page_size
         fits_raw = prefix_slots + wanted < self.scheduler.max_total_num_tokens
         # Once it had to start again it asks for its raw size, if the pool has that.
-        if self.compresses_chunks and is_admission and not (fits_raw and state.restarts):
+        if self.compresses_chunks and is_admission and not (fits_raw and req.metasoft.restarts):
             footprint = self._footprint(req, prefix_slots)
             if self._fits(footprint):
                 # SGLang adds the new tokens to the result.
                 held = max(footprint.peak_slots - new_tokens, footprint.final_slots + len(req.output_ids))
                 return held - prefix_slots - raw_slots
-        return state.plan.kept_slots if fits_raw else 0
+        return plan.kept_slots if fits_raw else 0
 
     def has_room_for_prefix(self, req) -> bool:
         """Whether the pool can hold the raw prefix that was found in the tree and, beside it, its compression."""

@@ -260,7 +260,7 @@ class SchedulerCompressor:
                 state.make_plan(self.config, self.page_size)  # too little yet; the plan for the whole prompt stands
         return chosen
 
-    def _report_fault(self, error: BaseException, stage: str, requests: int = 1) -> None:
+    def _report_fault(self, error: BaseException | None, stage: str, requests: int = 1) -> None:
         logger.error("MetaSoft: compression failed, %d requests stay uncompressed", requests, exc_info=error)
         for _ in range(requests):
             self._count_fault(stage)
@@ -273,6 +273,7 @@ class SchedulerCompressor:
         """Bring the metrics that show a present state up to date; ``running`` are the requests that decode."""
         if self.metrics is not None:
             self.metrics.update_gauges(running, self.tree_cache.chains)
+        if self.stages.clock is not None:
             self.stages.clock.collect()
 
     def state(self) -> dict:

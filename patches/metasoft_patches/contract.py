@@ -5,9 +5,10 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from metasoft_patches.targets import Target
 from sglang_metasoft import compat
@@ -24,19 +25,24 @@ class ContractError(ValueError):
 
 def source_folder() -> Path:
     """SGLang's package folder."""
-    return Path(importlib.util.find_spec("sglang").submodule_search_locations[0])
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        raise ContractError("its source is not to be found")
+    return Path(spec.submodule_search_locations[0])
 
 
-def find(module: str, qualified: str) -> ast.AST:
+Definition = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
+
+
+def find(module: str, qualified: str) -> Any:
     """The function or class ``qualified`` of a module. Raises ContractError: there is none."""
     path = source_folder().joinpath(*module.split(".")[1:])
     path = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
     if not path.is_file():
         raise ContractError(f"no module {module}")
-    node = _parse(path)
-    kinds = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
+    node: Any = _parse(path)
     for name in qualified.split("."):
-        node = next((child for child in node.body if isinstance(child, kinds) and child.name == name), None)
+        node = next((child for child in node.body if isinstance(child, Definition) and child.name == name), None)
         if node is None:
             raise ContractError(f"no {module}.{qualified}")
     return node
@@ -102,8 +108,9 @@ def check_build() -> None:
         return
     tested, installed = compat.check_sglang_version(), compat.version("sglang")
     table = importlib.import_module(f"metasoft_patches.sglang_{tested.replace('.', '_')}.targets")
-    checks = [(check_target, (target,)) for target in table.TARGETS]
-    checks += [(check_used, used) for used in table.USED] + [(check_pinned, pinned) for pinned in table.PINNED]
+    checks: list[tuple[Callable, tuple]] = [(check_target, (target,)) for target in table.TARGETS]
+    checks += [(check_used, used) for used in table.USED]
+    checks += [(check_pinned, pinned) for pinned in table.PINNED]
     broken = []
     for check, arguments in checks:
         try:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 
 class LaunchFence:
@@ -18,7 +19,9 @@ class LaunchFence:
 
     def __init__(self, scheduler) -> None:
         self.scheduler = scheduler
-        self.last = self.before_last = None  # events behind the compressions of the last two batches
+        # Events behind the compressions of the last two batches.
+        self.last: Any = None
+        self.before_last: Any = None
 
     def batch_launches(self) -> None:
         """Before a batch is launched."""

@@ -17,8 +17,10 @@ INT32, INT64 = 2**31, 2**63
 # SGLang fills these itself, and takes a request that brings them for one that is done.
 INTERNAL = ("is_normalized", "stop_strs", "stop_regex_strs", "stop_str_max_len", "stop_regex_max_len")
 # Long, and made by the tokenizer's process itself.
-BULK = ("input_ids", "input_text", "input_embeds", "mm_inputs", "token_type_ids", "time_stats")
-BULK += ("positional_embed_overrides",)
+BULK = (
+    "input_ids", "input_text", "input_embeds", "mm_inputs", "token_type_ids", "time_stats",
+    "positional_embed_overrides",
+)  # fmt: skip
 
 
 def refuse(name: str, value: Any, allowed: str) -> None:

@@ -71,7 +71,7 @@ def hooks() -> Check:
     if sglang().status != "ok":
         return Check("hooks", "skipped", "no adapter for this SGLang")
     installed = importlib.metadata.version("sglang")
-    folder = folder_of(compat.tested_version(installed))
+    folder = folder_of(compat.check_sglang_version())
     targets = importlib.import_module(f"metasoft_patches.{folder}.targets").TARGETS
     broken = broken_targets(targets)
     if broken:

@@ -87,7 +87,7 @@ class PrefixMatcher:
         state.plan = None  # which would cap the match at its span's end
         match_tree()
         matched_slots = self.adapter.prefix_len(req)
-        if matched_slots < state.chain_slots:
+        if chain is not None and matched_slots < chain.slots:
             self.index.discard(chain)
             return GONE
         state.update_boundary(matched_slots + state.offset, found, self.page_size)

@@ -23,7 +23,10 @@ class Metrics:
         self._metrics = {}
         for metric in METRICS:
             kind = getattr(prometheus_client, metric.kind.capitalize())
-            options = {"histogram": {"buckets": BUCKETS_SECONDS}, "gauge": {"multiprocess_mode": "mostrecent"}}
+            options: dict[str, dict] = {
+                "histogram": {"buckets": BUCKETS_SECONDS},
+                "gauge": {"multiprocess_mode": "mostrecent"},
+            }
             self._metrics[metric.name] = kind(
                 PREFIX + metric.name, metric.help, (*labels, *metric.labels), **options.get(metric.kind, {})
             )

@@ -59,11 +59,11 @@ def visit_layers(model_runner, backend: ProbeBackend) -> None:
     """Do what belongs to each layer without probe tokens: the model does not run."""
     for layer in attention_layers(model_runner.model):
         heads = layer.tp_q_head_num, layer.tp_k_head_num, layer.tp_v_head_num
-        nothing = [
+        q, k, v = (
             torch.empty(0, number, layer.head_dim, dtype=model_runner.dtype, device=model_runner.device)
             for number in heads
-        ]
-        backend.compress_layer(layer, *nothing, backend.layer_pool(layer))
+        )
+        backend.compress_layer(layer, q, k, v, backend.layer_pool(layer))
 
 
 def run_probe(model_runner, backend: ProbeBackend, req_pool_indices: torch.Tensor, adapter: Adapter) -> None:

@@ -194,7 +194,7 @@ class RequestState:
 
     def report(self) -> dict:
         """The flat ``meta_info`` fields of the response, some of ``headers.REPORT_FIELDS``."""
-        fields = {
+        fields: dict[str, int | str] = {
             "metasoft_span_tokens": self.chain_tokens,
             "metasoft_kv_tokens": len(self.prompt_ids) - self.offset,
             "metasoft_reused_tokens": self.reused_tokens,

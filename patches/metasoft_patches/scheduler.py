@@ -22,12 +22,14 @@ from sglang_metasoft.types import Bypass, BypassLifetime
 class SchedulerHooks:
     """The hooks of one scheduler process, as far as all versions have them; an adapter's subclass adds its own."""
 
+    # Made with the scheduler; no other hook runs before.
+    compressor: SchedulerCompressor
+    admission: Admission
+    chunk_guard: ChunkGuard
+
     def __init__(self, config: MetaSoftConfig, adapter: Adapter) -> None:
         self.config = config
         self.adapter = adapter
-        self.compressor: SchedulerCompressor | None = None
-        self.admission: Admission | None = None
-        self.chunk_guard: ChunkGuard | None = None
 
     def scheduler_made(self, result, scheduler, *args, **kwargs) -> None:
         """AFTER ``Scheduler.__init__``: model, pools and process groups exist."""

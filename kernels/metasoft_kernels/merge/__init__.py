@@ -25,9 +25,9 @@ def attention_flow(
         return naive.attention_flow(values, importance, kept, dropped, targets, weights, gate_scale)
     slots = torch.arange(values.shape[0], device=values.device)
     (kept_axis,) = single(values.device, kept.shape[1])
-    rows = [part.to(torch.int32).contiguous() for part in (kept, dropped, targets)]
+    kept, dropped, targets = (part.to(torch.int32).contiguous() for part in (kept, dropped, targets))
     merged, is_finite = fused.attention_flow(
-        values, slots, importance.contiguous(), *rows, weights.contiguous(), kept_axis,
+        values, slots, importance.contiguous(), kept, dropped, targets, weights.contiguous(), kept_axis,
         gate_of_heads(gate_scale, values.shape[1], values.device), 1.0, torch.float32,
     )  # fmt: skip
     return merged.masked_fill_(~is_finite.t().unsqueeze(-1), float("nan"))

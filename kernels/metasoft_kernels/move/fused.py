@@ -33,8 +33,9 @@ def move(
     bits = torch.uint8 if k_buffer.dtype.itemsize == 1 else k_buffer.dtype
     k_buffer, v_buffer = k_buffer.view(bits), v_buffer.view(bits)
     given = values is not None
+    new_values = v_buffer if values is None else values.view(bits)
     _move[(triton.cdiv(count, BLOCK), groups)](
-        k_buffer, v_buffer, values.view(bits) if given else v_buffer, slots, kept_rows, new_slots, count,
+        k_buffer, v_buffer, new_values, slots, kept_rows, new_slots, count,
         k_buffer.stride(0), v_buffer.stride(0), D=d, BLOCK=BLOCK, BLOCK_D=padded(d), GIVEN=given, num_warps=4,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ the next batch may be planned long before that copy runs, so it gets a wrapper o
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -49,11 +50,12 @@ class FlashInferProbe:
         self.wrappers = Ring(
             lambda: BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD"), torch.cuda.Event, limit=MAX_PLANS
         )
-        self.wrapper = self.planned = None
+        self.wrapper: Any = None
+        self.planned: tuple[torch.Tensor, float] | None = None
         entry = torch.zeros(1, groups, head_dim, dtype=dtype, device=device)
-        axes = ragged(device, [1], [1])
+        probe, context = ragged(device, [1], [1])
         slots = torch.zeros(1, dtype=torch.int64, device=device)
-        self.attend(entry.new_zeros(1, heads, head_dim), entry, entry, slots, entry, entry, *axes, 1.0)
+        self.attend(entry.new_zeros(1, heads, head_dim), entry, entry, slots, entry, entry, probe, context, 1.0)
         torch.cuda.synchronize(device)
 
     def attend(

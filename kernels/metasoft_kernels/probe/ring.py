@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -17,9 +17,9 @@ class Ring(Generic[T]):
         limit: most owners that are made; beyond it the host waits for the oldest copy.
     """
 
-    def __init__(self, make: Callable[[], T], make_event: Callable, limit: int) -> None:
+    def __init__(self, make: Callable[[], T], make_event: Callable[[], Any], limit: int) -> None:
         self.make, self.make_event, self.limit = make, make_event, limit
-        self._queued: deque[tuple[T, object]] = deque()
+        self._queued: deque[tuple[T, Any]] = deque()
 
     def __len__(self) -> int:
         """Owners that were made."""

@@ -26,9 +26,11 @@ def route(
     if not uses_triton(kernels, keys.device, keys.dtype):
         return naive.route(keys, kept, dropped, targets, scale, band)
     slots = torch.arange(keys.shape[0], device=keys.device)
-    axes = single(keys.device, kept.shape[1], dropped.shape[1])
+    kept_axis, dropped_axis = single(keys.device, kept.shape[1], dropped.shape[1])
     dtype = keys.dtype if keys.dtype.itemsize > 1 else torch.bfloat16
-    rows = (kept.to(torch.int32).contiguous(), dropped.to(torch.int32).contiguous())
+    kept_rows, dropped_rows = kept.to(torch.int32).contiguous(), dropped.to(torch.int32).contiguous()
     targets = min(targets, kept.shape[1], band or targets)
-    target, weight = fused.route(keys, slots, *rows, *axes, targets, scale, dtype, band)
+    target, weight = fused.route(
+        keys, slots, kept_rows, dropped_rows, kept_axis, dropped_axis, targets, scale, dtype, band
+    )
     return target.clamp_max(kept.shape[1] - 1).to(torch.int64), weight

@@ -18,6 +18,8 @@ class TorchPagedAllocator(PagedTokenToKVPoolAllocator):
         new_pages = get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, decode=True)
         return self._alloc(seq_lens - 1, seq_lens, last_loc, len(seq_lens), new_pages)
 
+    free_pages: torch.Tensor  # of the base class
+
     def _alloc(self, prefix_lens, seq_lens, last_loc, num_tokens: int, new_pages: int) -> torch.Tensor | None:
         """Slots for ``seq_lens - prefix_lens`` further tokens of each request, or None if the pool has no room."""
         if new_pages > len(self.free_pages):

@@ -12,17 +12,17 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
-METHODS = {  # loaded lazily by sglang_metasoft.score.load_method
-    "metasoft": "sglang_metasoft.score.metasoft:MetaSoft",
-    "judge_q": "sglang_metasoft.score.judge_q:JudgeQ",
-    "snapkv": "sglang_metasoft.score.snapkv:SnapKV",
-    "h2o": "sglang_metasoft.score.h2o:H2O",
-    "streaming_llm": "sglang_metasoft.score.streaming_llm:StreamingLLM",
-    "chunkkv": "sglang_metasoft.score.chunkkv:ChunkKV",
-    "q_filters": "sglang_metasoft.score.q_filters:QFilters",
-    "kvcompose": "sglang_metasoft.score.kvcompose:KVCompose",
-    "nestedkv": "sglang_metasoft.score.nestedkv:NestedKV",
-    "expected_attention": "sglang_metasoft.score.expected_attention:ExpectedAttention",
+METHODS = {  # loaded lazily by sglang_metasoft.methods.load_method
+    "metasoft": "sglang_metasoft.methods.metasoft:MetaSoft",
+    "judge_q": "sglang_metasoft.methods.judge_q:JudgeQ",
+    "snapkv": "sglang_metasoft.methods.snapkv:SnapKV",
+    "h2o": "sglang_metasoft.methods.h2o:H2O",
+    "streaming_llm": "sglang_metasoft.methods.streaming_llm:StreamingLLM",
+    "chunkkv": "sglang_metasoft.methods.chunkkv:ChunkKV",
+    "q_filters": "sglang_metasoft.methods.q_filters:QFilters",
+    "kvcompose": "sglang_metasoft.methods.kvcompose:KVCompose",
+    "nestedkv": "sglang_metasoft.methods.nestedkv:NestedKV",
+    "expected_attention": "sglang_metasoft.methods.expected_attention:ExpectedAttention",
 }
 CONSOLIDATIONS = {  # loaded lazily by sglang_metasoft.merge.load_consolidation
     "none": None,

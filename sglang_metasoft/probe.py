@@ -3,9 +3,9 @@
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.key_bias import KeyDirections
 from sglang_metasoft.merge import load_consolidation
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.repeats import find_repeats
 from sglang_metasoft.reread import with_reread
-from sglang_metasoft.score.base import Method
 from sglang_metasoft.types import Carrying, Probe, Prompt
 
 

@@ -10,7 +10,7 @@ from metasoft_kernels.probe.flashinfer_probe import FlashInferProbe
 
 from sglang_metasoft.batch import is_fused
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.score.base import Method
+from sglang_metasoft.methods.base import Method
 
 
 class Kernels(NamedTuple):

@@ -26,9 +26,9 @@ from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.key_bias import KeyDirections, fit_key_directions
 from sglang_metasoft.merge import load_consolidation
+from sglang_metasoft.methods import load_method
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
-from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Prompt
 
 logger = logging.getLogger(__name__)

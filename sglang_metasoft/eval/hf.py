@@ -21,10 +21,10 @@ from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.eval.oracle import Oracle
 from sglang_metasoft.eval.records import FULL, Store, is_settled, make_key, make_record
 from sglang_metasoft.eval.variants import VARIANTS
+from sglang_metasoft.methods import load_method
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.policy import plan_span
 from sglang_metasoft.probe import make_probe
-from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
 
 USAGE = "NAME[+CONSOLIDATION][:SETTING=VALUE,...][@PATH]"

@@ -10,11 +10,11 @@ from metasoft_kernels.score import probability_blocks
 from sglang_metasoft.calibration import CALIBRATION_TOKENS
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS, MetaSoftConfig
 from sglang_metasoft.merge import load_consolidation
+from sglang_metasoft.methods import load_method
+from sglang_metasoft.methods.expected_attention import FUTURE_TOKENS, mean_rotation
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
 from sglang_metasoft.rope import rotate
-from sglang_metasoft.score import load_method
-from sglang_metasoft.score.expected_attention import FUTURE_TOKENS, mean_rotation
 from sglang_metasoft.types import Job, LayerView, Plan, Probe, Rope
 from tests.unit.methods import (
     CPU,

@@ -6,7 +6,7 @@ import pytest
 
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS
 from sglang_metasoft.merge import load_consolidation
-from sglang_metasoft.score import load_method
+from sglang_metasoft.methods import load_method
 
 TEXT = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
 YES = {True: "yes", False: "no"}

@@ -17,7 +17,7 @@ from metasoft_patches.stages import StageRunner
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.score import load_method
+from sglang_metasoft.methods import load_method
 from sglang_metasoft.soft_tokens import SoftTokens
 from sglang_metasoft.static_tokens import StaticTokens
 from tests.unit.methods import CPU, SHAPE, TinyModel, make_prompt

@@ -1,6 +1,6 @@
 """Meta-Soft (arXiv 2605.22337): soft tokens, composed from an orthogonal meta-library, probe the prompt."""
 
-from sglang_metasoft.score.base import Method
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.soft_tokens import TAIL_TOKENS, SoftTokens, check_compressor
 from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Scores
 

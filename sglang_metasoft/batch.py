@@ -18,8 +18,8 @@ from metasoft_kernels.select.fused import split_top
 
 from sglang_metasoft.clock import Clock, no_clock
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.consolidations.repeats import favour_one_of_each
 from sglang_metasoft.methods.base import Method
-from sglang_metasoft.repeats import favour_one_of_each
 from sglang_metasoft.types import Job, LayerPool, LayerView
 
 FUSED_CONSOLIDATIONS = ("none", "attention_flow", "key_bias")  # the last ranks and biases in torch, job by job

@@ -6,9 +6,9 @@ from metasoft_kernels.probe import attend
 
 from sglang_metasoft.clock import Clock, no_clock
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.consolidations.repeats import favour_one_of_each
 from sglang_metasoft.merge import consolidate, load_consolidation
 from sglang_metasoft.methods.base import Method
-from sglang_metasoft.repeats import favour_one_of_each
 from sglang_metasoft.route import choose_routes
 from sglang_metasoft.types import Job, LayerPool, LayerView, MergedKV, Routes, Scores
 

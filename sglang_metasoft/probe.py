@@ -1,11 +1,11 @@
 """Prompt -> Probe: the method's probe tokens, and what the consolidation needs to know of the prompt."""
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.key_bias import KeyDirections
+from sglang_metasoft.consolidations.key_directions import KeyDirections
+from sglang_metasoft.consolidations.repeats import find_repeats
+from sglang_metasoft.consolidations.reread import with_reread
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.methods.base import Method
-from sglang_metasoft.repeats import find_repeats
-from sglang_metasoft.reread import with_reread
 from sglang_metasoft.types import Carrying, Probe, Prompt
 
 

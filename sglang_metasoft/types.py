@@ -98,8 +98,8 @@ class Prompt(NamedTuple):
 class Carrying(NamedTuple):
     """What has to be known of a prompt so that the kept entries' keys can carry the attention of the others."""
 
-    repeats: torch.Tensor  # [n, S] int64, of sglang_metasoft.repeats
-    directions: torch.Tensor  # [layers, G, d] float32, of sglang_metasoft.key_bias, where this prompt ends
+    repeats: torch.Tensor  # [n, S] int64, of consolidations.repeats
+    directions: torch.Tensor  # [layers, G, d] float32, of consolidations.key_directions, where this prompt ends
 
 
 class Probe(NamedTuple):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sglang.srt.lora.layers import BaseLayerWithLoRA
 
-from sglang_metasoft.key_bias import KeyDirections
+from sglang_metasoft.consolidations.key_directions import KeyDirections
 
 
 def _manager_of(model_runner):

@@ -24,7 +24,7 @@ from sglang_metasoft.batch import FusedBatch
 from sglang_metasoft.clock import StageClock, no_clock
 from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.key_bias import KeyDirections, fit_key_directions
+from sglang_metasoft.consolidations.key_directions import KeyDirections, fit_key_directions
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.methods import load_method
 from sglang_metasoft.pipeline import compress_layer

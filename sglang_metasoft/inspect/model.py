@@ -10,12 +10,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from sglang_metasoft.config import METHODS, MetaSoftConfig, shown
+from sglang_metasoft.consolidations.repeats import favour_one_of_each
 from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_config, read_shape
 from sglang_metasoft.methods import load_method
 from sglang_metasoft.methods.base import Method
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
-from sglang_metasoft.repeats import favour_one_of_each
 from sglang_metasoft.rope import read_rope
 from sglang_metasoft.types import Job, LayerPool, MergedKV, Plan, Prompt, Rope, Routes
 

@@ -4,7 +4,7 @@ import torch
 from metasoft_kernels.score import importance
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.key_bias import KeyDirections, fit_key_directions
+from sglang_metasoft.consolidations.key_directions import KeyDirections, fit_key_directions
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.types import Embed, LayerView, ModelShape, Probe, Prompt, Scores, ServedModel
 

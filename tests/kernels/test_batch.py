@@ -8,9 +8,9 @@ from metasoft_kernels.probe import fused as probe_kernels
 
 from sglang_metasoft.batch import FUSED_CONSOLIDATIONS, FusedBatch
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.consolidations.repeats import find_repeats
 from sglang_metasoft.methods import load_method
 from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.repeats import find_repeats
 from sglang_metasoft.types import Carrying, Job, LayerPool, Plan, Probe
 from tests.kernels.cases import DEVICE, Case, make_pool, randn
 

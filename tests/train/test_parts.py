@@ -13,9 +13,9 @@ from metasoft_kernels.score import importance
 from transformers import AutoModelForCausalLM
 
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.consolidations.repeats import favour_one_of_each, find_repeats
 from sglang_metasoft.entry_scorer import EntryScorer
 from sglang_metasoft.methods.metasoft import MetaSoft
-from sglang_metasoft.repeats import favour_one_of_each, find_repeats
 from sglang_metasoft.train import key_bias
 from sglang_metasoft.train.attention import Probing, Watch
 from sglang_metasoft.train.backbone import Backbone

@@ -7,8 +7,8 @@ import torch
 from metasoft_kernels.merge.key_bias import LARGEST_BIAS, UNMATCHED_SHARE, key_bias, log_biases
 from metasoft_kernels.move import add_to_keys
 
-from sglang_metasoft.key_bias import AHEAD_TOKENS, FIRST_TOKENS, fit_key_directions
-from sglang_metasoft.repeats import ID_BITS, ORDERS, favour_one_of_each, find_repeats
+from sglang_metasoft.consolidations.key_directions import AHEAD_TOKENS, FIRST_TOKENS, fit_key_directions
+from sglang_metasoft.consolidations.repeats import ID_BITS, ORDERS, favour_one_of_each, find_repeats
 from sglang_metasoft.rope import rotate, rotate_all
 from sglang_metasoft.types import Rope
 from tests.unit.methods import CPU, SHAPE, TinyModel, rope_table

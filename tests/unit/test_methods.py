@@ -7,8 +7,8 @@ import torch
 from metasoft_kernels.probe import attend
 from metasoft_kernels.score import probability_blocks
 
-from sglang_metasoft.calibration import CALIBRATION_TOKENS
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS, MetaSoftConfig
+from sglang_metasoft.consolidations.calibration import CALIBRATION_TOKENS
 from sglang_metasoft.merge import load_consolidation
 from sglang_metasoft.methods import load_method
 from sglang_metasoft.methods.expected_attention import FUTURE_TOKENS, mean_rotation

@@ -5,9 +5,9 @@ import torch
 from metasoft_kernels.probe import attend
 
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.consolidations.reread import RUN_TOKENS, with_reread
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
-from sglang_metasoft.reread import RUN_TOKENS, with_reread
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
 from tests.unit.methods import make_method
 

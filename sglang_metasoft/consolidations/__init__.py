@@ -1,0 +1,1 @@
+"""The consolidations: each decides what becomes of dropped entries."""

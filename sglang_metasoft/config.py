@@ -24,13 +24,13 @@ METHODS = {  # loaded lazily by sglang_metasoft.methods.load_method
     "nestedkv": "sglang_metasoft.methods.nestedkv:NestedKV",
     "expected_attention": "sglang_metasoft.methods.expected_attention:ExpectedAttention",
 }
-CONSOLIDATIONS = {  # loaded lazily by sglang_metasoft.merge.load_consolidation
-    "none": None,
-    "attention_flow": "metasoft_kernels.merge:attention_flow",
-    "key_bias": "metasoft_kernels.merge.key_bias:key_bias",
-    "zeromerge": "metasoft_kernels.merge.zeromerge:zeromerge",
-    "tome": "metasoft_kernels.merge.tome:tome",
-    "least_squares": "metasoft_kernels.merge.least_squares:least_squares",
+CONSOLIDATIONS = {  # loaded lazily by sglang_metasoft.consolidations.load_consolidation
+    "none": "sglang_metasoft.consolidations.none:Drop",
+    "attention_flow": "sglang_metasoft.consolidations.attention_flow:AttentionFlow",
+    "key_bias": "sglang_metasoft.consolidations.key_bias:KeyBias",
+    "zeromerge": "sglang_metasoft.consolidations.zeromerge:ZeroMerge",
+    "tome": "sglang_metasoft.consolidations.tome:ToMe",
+    "least_squares": "sglang_metasoft.consolidations.least_squares:LeastSquares",
 }
 KERNELS = ("auto", "torch", "triton")
 NO_COMPRESSION = 1

@@ -8,7 +8,7 @@ from metasoft_kernels.merge.key_bias import key_bias
 
 from sglang_metasoft.consolidations.base import Consolidation, MergedBatch, RoutedBatch
 from sglang_metasoft.consolidations.key_directions import KeyDirections, fit_key_directions
-from sglang_metasoft.consolidations.repeats import favour_one_of_each, find_repeats
+from sglang_metasoft.consolidations.repeats import demote_repeats, find_repeats
 from sglang_metasoft.types import MergedKV, Probe, Prompt
 
 
@@ -47,7 +47,7 @@ class KeyBias(Consolidation):
         return (attention * estimate).sqrt()
 
     def rank(self, importance: torch.Tensor, probe: Probe) -> torch.Tensor:
-        return favour_one_of_each(importance, probe.consolidation_inputs.repeats[0])
+        return demote_repeats(importance, probe.consolidation_inputs.repeats[0])
 
     def merge(self, view, keys, values, scores, routes, gate_scale) -> MergedKV:
         inputs, sink_tokens = view.job.probe.consolidation_inputs, view.job.plan.sink_tokens

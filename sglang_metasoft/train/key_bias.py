@@ -9,7 +9,7 @@ from sglang_metasoft.train.prepare import SINKS
 
 
 def favour(log_importance: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """As :func:`sglang_metasoft.consolidations.repeats.favour_one_of_each`, of logs.
+    """As :func:`sglang_metasoft.consolidations.repeats.demote_repeats`, of logs.
 
     Args:
         log_importance: ``[layers, G, S]``.

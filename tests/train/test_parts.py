@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.consolidations import load_consolidation
-from sglang_metasoft.consolidations.repeats import favour_one_of_each, find_repeats
+from sglang_metasoft.consolidations.repeats import demote_repeats, find_repeats
 from sglang_metasoft.entry_scorer import EntryScorer
 from sglang_metasoft.methods.metasoft import MetaSoft
 from sglang_metasoft.train import key_bias
@@ -140,7 +140,7 @@ def test_the_squared_error_is_a_share_of_the_targets_square():
 def test_repeats_stand_back_in_training_as_in_the_server():
     importance, kinds = torch.rand(2, 3, 50), torch.randint(0, 20, (50,))
     ours = key_bias.favour(importance.log(), kinds)
-    theirs = torch.stack([favour_one_of_each(layer, kinds) for layer in importance])
+    theirs = torch.stack([demote_repeats(layer, kinds) for layer in importance])
     torch.testing.assert_close(ours.exp(), theirs)
     torch.testing.assert_close(key_bias.favour(importance.log() - 90, kinds), ours - 90)  # up to a constant
 

@@ -21,13 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from metasoft_kernels.merge import attention_flow, gather
 from metasoft_kernels.probe import attend
 from metasoft_kernels.score import importance as mean_attention
 
 from sglang_metasoft.bench.watch import PeakWatcher
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.server import Server
-from sglang_metasoft.merge import consolidate
 from sglang_metasoft.route import choose_routes
 from sglang_metasoft.types import Plan, Scores
 
@@ -83,10 +83,14 @@ def stages(args) -> None:
     importance = mean_attention(q, key, slots[:span], lse, scale)
     keys, values = key[slots[:span]], value[slots[:span]]
     routes = choose_routes(plan, Scores(importance), keys, TARGETS, scale)
-    merged = consolidate(keys, values, Scores(importance), routes, 1.0)
+
+    def merge(kernels="auto"):
+        return gather(keys, routes.kept), attention_flow(values, importance, *routes, kernels=kernels).to(values.dtype)
+
+    kept_keys, merged = merge()
 
     def write():
-        key[slots[:kept]], value[slots[:kept]] = merged.key, merged.value
+        key[slots[:kept]], value[slots[:kept]] = kept_keys, merged
 
     layers = LLAMA_8B["num_hidden_layers"]
     for kernels in ("torch", "triton") if device == "cuda" else ("torch",):
@@ -96,7 +100,7 @@ def stages(args) -> None:
             "select_and_route": median_ms(
                 lambda name=kernels: choose_routes(plan, Scores(importance), keys, TARGETS, scale, name)
             ),
-            "merge": median_ms(lambda name=kernels: consolidate(keys, values, Scores(importance), routes, 1.0, name)),
+            "merge": median_ms(lambda name=kernels: merge(name)),
             "write": median_ms(write),
         }
         report(what="stages", kernels=kernels, prompt_tokens=length, ratio=args.ratio, ms_per_layer=times,

@@ -8,21 +8,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from metasoft_kernels.merge import gate_of_heads
-from metasoft_kernels.merge.fused import attention_flow
-from metasoft_kernels.merge.key_bias import key_bias
-from metasoft_kernels.ragged import ragged
+from metasoft_kernels.ragged import ragged, rows_of_each
 from metasoft_kernels.route.fused import route
 from metasoft_kernels.score.fused import importance as mean_attention
 from metasoft_kernels.select.fused import split_top
 
 from sglang_metasoft.clock import Clock, no_clock
-from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.repeats import favour_one_of_each
-from sglang_metasoft.score.base import Method
+from sglang_metasoft.consolidations.base import RoutedBatch
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.types import Job, LayerPool, LayerView
-
-FUSED_CONSOLIDATIONS = ("none", "attention_flow", "key_bias")  # the last ranks and biases in torch, job by job
 
 
 class Consolidated(NamedTuple):
@@ -33,9 +27,11 @@ class Consolidated(NamedTuple):
     key_moves: torch.Tensor | None  # [sum B, G, d] float32, added to the kept keys; None: nothing
 
 
-def is_fused(method: Method, config: MetaSoftConfig) -> bool:
-    """Whether every stage of these settings has a fused kernel; a method's own score may be torch."""
-    return method.needs_probe and (config.consolidation or method.default_consolidation) in FUSED_CONSOLIDATIONS
+def is_fused(method: Method) -> bool:
+    """Whether every stage runs for a whole batch at once; what a method or a consolidation has of its own in torch."""
+    consolidation = method.consolidation
+    # Behind a probe that is read again not all tokens rank, which no fused score knows.
+    return method.needs_probe and consolidation.is_fused and not consolidation.needs_queries
 
 
 class FusedBatch:
@@ -46,10 +42,8 @@ class FusedBatch:
         first_kv_head: of this rank.
     """
 
-    def __init__(
-        self, jobs: list[Job], method: Method, config: MetaSoftConfig, attend: Callable, first_kv_head: int = 0
-    ) -> None:
-        self.jobs, self.method, self.config, self.attend = jobs, method, config, attend
+    def __init__(self, jobs: list[Job], method: Method, attend: Callable, first_kv_head: int = 0) -> None:
+        self.jobs, self.method, self.attend = jobs, method, attend
         self.first_kv_head = first_kv_head
         plans = [job.plan for job in jobs]
         self.device = jobs[0].span_slots.device
@@ -67,11 +61,7 @@ class FusedBatch:
             torch.cat(slots)
             for slots in zip(*((job.context_slots, job.span_slots, job.new_slots) for job in jobs), strict=True)
         )
-        consolidation = config.consolidation or method.default_consolidation
-        targets = min(config.route_targets, config.route_band, self.kept.longest)
-        self.targets = targets if consolidation == "attention_flow" else 0
-        self.carrying = [job.probe.carrying for job in jobs if job.probe.carrying is not None]
-        self.biases_keys = consolidation == "key_bias"
+        self.targets = min(method.consolidation.targets, method.config.route_band, self.kept.longest)
 
     def compress(
         self,
@@ -98,28 +88,23 @@ class FusedBatch:
         with clock("score"):
             raw, raw_mass = self._score(q, pool, lse, layer)
             mass = raw_mass.nan_to_num(0.0, 0.0, 0.0)
-            importance = mass if raw is raw_mass else raw.nan_to_num(0.0, 0.0, 0.0)
-            if self.biases_keys:
-                importance = self._without_repeats(importance)
+            importance = self._rank(mass if raw is raw_mass else raw.nan_to_num(0.0, 0.0, 0.0))
         with clock("route"):
             kept_rows, dropped_rows = split_top(importance, self.sink_tokens, self.span, self.kept, self.dropped)
-            is_merged = bool(self.targets and self.dropped.total)
-            if is_merged:
-                target, weight = route(
+            targets, weights = None, None
+            if self.targets and self.dropped.total:
+                targets, weights = route(
                     pool.key, self.span_slots, kept_rows, dropped_rows, self.kept, self.dropped, self.targets,
-                    pool.scale * pool.key_scale**2, q.dtype, self.config.route_band,
+                    pool.scale * pool.key_scale**2, q.dtype, self.method.config.route_band,
                 )  # fmt: skip
-        values, key_moves, is_finite = None, None, None
-        if is_merged:
-            with clock("merge"):
-                values, is_finite = attention_flow(
-                    pool.value, self.span_slots, mass, kept_rows, dropped_rows, target, weight, self.kept,
-                    gate_of_heads(gate_scale, pool.key.shape[1], self.device), pool.value_scale, q.dtype,
-                )  # fmt: skip
-        if self.biases_keys:
-            with clock("merge"):
-                key_moves = self._key_moves(mass, kept_rows, pool.scale, layer)
-        return out, Consolidated(kept_rows, values, key_moves), self._finite(raw, raw_mass, is_finite)
+        with clock("merge"):
+            routed = RoutedBatch(
+                self.jobs, pool, layer, self.span_slots, self.span, self.kept, mass, kept_rows, dropped_rows, targets,
+                weights, gate_scale, q.dtype,
+            )  # fmt: skip
+            merged = self.method.consolidation.merge_batch(routed)
+        consolidated = Consolidated(kept_rows, merged.values, merged.key_moves)
+        return out, consolidated, self._finite(raw, raw_mass, merged.is_finite)
 
     def _score(
         self, q: torch.Tensor, pool: LayerPool, lse: torch.Tensor, layer: int
@@ -137,21 +122,15 @@ class FusedBatch:
         masses = [part.importance if part.mass is None else part.mass for part in parts]
         return torch.cat([part.importance for part in parts], dim=1), torch.cat(masses, dim=1)
 
-    def _without_repeats(self, importance: torch.Tensor) -> torch.Tensor:
+    def _rank(self, importance: torch.Tensor) -> torch.Tensor:
+        consolidation = self.method.consolidation
+        if not consolidation.ranks:
+            return importance
         parts = [
-            favour_one_of_each(importance[:, own], carrying.repeats[0])
-            for carrying, own in zip(self.carrying, self.span.ranges(), strict=True)
+            consolidation.rank(importance[:, own], job.probe)
+            for job, own in zip(self.jobs, self.span.ranges(), strict=True)
         ]
         return torch.cat(parts, dim=1)
-
-    def _key_moves(self, mass: torch.Tensor, kept_rows: torch.Tensor, scale: float, layer: int) -> torch.Tensor:
-        moves = [
-            key_bias(mass[:, own], kept, carrying.repeats, carrying.directions[layer], scale, job.plan.sink_tokens)
-            for job, carrying, own, kept in zip(
-                self.jobs, self.carrying, self.span.ranges(), self.kept_of_jobs(kept_rows), strict=True
-            )
-        ]
-        return torch.cat(moves)
 
     def _finite(self, raw: torch.Tensor, raw_mass: torch.Tensor, is_finite: torch.Tensor | None) -> list[torch.Tensor]:
         if self.device.type != "cpu":
@@ -163,7 +142,4 @@ class FusedBatch:
 
     def kept_of_jobs(self, kept_rows: torch.Tensor) -> list[torch.Tensor]:
         """Each job's ``[G, B]`` int64 kept entries, counted from the start of its span."""
-        return [
-            kept_rows[:, own].to(torch.int64) - entries.start
-            for own, entries in zip(self.kept.ranges(), self.span.ranges(), strict=True)
-        ]
+        return rows_of_each(kept_rows, self.kept, self.span)

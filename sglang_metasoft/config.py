@@ -12,25 +12,25 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
-METHODS = {  # loaded lazily by sglang_metasoft.score.load_method
-    "metasoft": "sglang_metasoft.score.metasoft:MetaSoft",
-    "judge_q": "sglang_metasoft.score.judge_q:JudgeQ",
-    "snapkv": "sglang_metasoft.score.snapkv:SnapKV",
-    "h2o": "sglang_metasoft.score.h2o:H2O",
-    "streaming_llm": "sglang_metasoft.score.streaming_llm:StreamingLLM",
-    "chunkkv": "sglang_metasoft.score.chunkkv:ChunkKV",
-    "q_filters": "sglang_metasoft.score.q_filters:QFilters",
-    "kvcompose": "sglang_metasoft.score.kvcompose:KVCompose",
-    "nestedkv": "sglang_metasoft.score.nestedkv:NestedKV",
-    "expected_attention": "sglang_metasoft.score.expected_attention:ExpectedAttention",
+METHODS = {  # loaded lazily by sglang_metasoft.methods.load_method
+    "metasoft": "sglang_metasoft.methods.metasoft:MetaSoft",
+    "judge_q": "sglang_metasoft.methods.judge_q:JudgeQ",
+    "snapkv": "sglang_metasoft.methods.snapkv:SnapKV",
+    "h2o": "sglang_metasoft.methods.h2o:H2O",
+    "streaming_llm": "sglang_metasoft.methods.streaming_llm:StreamingLLM",
+    "chunkkv": "sglang_metasoft.methods.chunkkv:ChunkKV",
+    "q_filters": "sglang_metasoft.methods.q_filters:QFilters",
+    "kvcompose": "sglang_metasoft.methods.kvcompose:KVCompose",
+    "nestedkv": "sglang_metasoft.methods.nestedkv:NestedKV",
+    "expected_attention": "sglang_metasoft.methods.expected_attention:ExpectedAttention",
 }
-CONSOLIDATIONS = {  # loaded lazily by sglang_metasoft.merge.load_consolidation
-    "none": None,
-    "attention_flow": "metasoft_kernels.merge:attention_flow",
-    "key_bias": "metasoft_kernels.merge.key_bias:key_bias",
-    "zeromerge": "metasoft_kernels.merge.zeromerge:zeromerge",
-    "tome": "metasoft_kernels.merge.tome:tome",
-    "least_squares": "metasoft_kernels.merge.least_squares:least_squares",
+CONSOLIDATIONS = {  # loaded lazily by sglang_metasoft.consolidations.load_consolidation
+    "none": "sglang_metasoft.consolidations.none:Drop",
+    "attention_flow": "sglang_metasoft.consolidations.attention_flow:AttentionFlow",
+    "key_bias": "sglang_metasoft.consolidations.key_bias:KeyBias",
+    "zeromerge": "sglang_metasoft.consolidations.zeromerge:ZeroMerge",
+    "tome": "sglang_metasoft.consolidations.tome:ToMe",
+    "least_squares": "sglang_metasoft.consolidations.least_squares:LeastSquares",
 }
 KERNELS = ("auto", "torch", "triton")
 NO_COMPRESSION = 1

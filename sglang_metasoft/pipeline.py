@@ -5,11 +5,9 @@ from metasoft_kernels.merge import gather
 from metasoft_kernels.probe import attend
 
 from sglang_metasoft.clock import Clock, no_clock
-from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.merge import consolidate, load_consolidation
-from sglang_metasoft.repeats import favour_one_of_each
+from sglang_metasoft.consolidations.base import as_they_were
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.route import choose_routes
-from sglang_metasoft.score.base import Method
 from sglang_metasoft.types import Job, LayerPool, LayerView, MergedKV, Routes, Scores
 
 
@@ -20,7 +18,6 @@ def compress_layer(
     v_new: torch.Tensor,
     pool: LayerPool,
     method: Method,
-    config: MetaSoftConfig,
     gate_scale: torch.Tensor | float,
     layer: int = 0,
     first_kv_head: int = 0,
@@ -35,6 +32,7 @@ def compress_layer(
         q: ``[t, H, d]`` queries of the probe tokens after RoPE; t may be 0.
         k_new, v_new: ``[t, G, d]`` their keys and values.
         pool: the layer's buffers; only read.
+        method: with its settings and its consolidation.
         gate_scale: the method's factor on the gate for this layer's heads.
         layer: its number in the model.
         first_kv_head: number in the model of this rank's first KV head.
@@ -44,6 +42,7 @@ def compress_layer(
         The probe tokens' attention output ``[t, H, d]``, the routes, the entries to write, and whether everything
         was finite: a bool tensor on the device, for callers that can read it without waiting.
     """
+    config, consolidation = method.config, method.consolidation
     with clock("probe"):
         if q.shape[0]:
             out, lse = attend(
@@ -58,17 +57,19 @@ def compress_layer(
         raw = method.score_layer(view._replace(q=q[:ranking], lse=lse[:ranking]))
         raw_mass = raw.importance if raw.mass is None else raw.mass
         finite_scores = raw.importance.isfinite().all() & raw_mass.isfinite().all()
-        scores = Scores(raw.importance.nan_to_num(0.0, 0.0, 0.0), raw_mass.nan_to_num(0.0, 0.0, 0.0))
-        if job.probe.carrying is not None:
-            scores = scores._replace(importance=favour_one_of_each(scores.importance, job.probe.carrying.repeats[0]))
-    consolidation = load_consolidation(config.consolidation or method.default_consolidation)
-    targets = config.route_targets if "targets" in consolidation.inputs else 0
+        importance = consolidation.rank(raw.importance.nan_to_num(0.0, 0.0, 0.0), job.probe)
+        scores = Scores(importance, raw_mass.nan_to_num(0.0, 0.0, 0.0))
     with clock("route"):
         keys = _read(pool.key, job.span_slots, pool.key_scale, q.dtype)
         values = _read(pool.value, job.span_slots, pool.value_scale, q.dtype)
-        routes = choose_routes(job.plan, scores, keys, targets, pool.scale, config.kernels, config.route_band)
+        routes = choose_routes(
+            job.plan, scores, keys, consolidation.targets, pool.scale, config.kernels, config.route_band
+        )
     with clock("merge"):
-        merged = consolidate(consolidation, view, keys, values, scores, routes, gate_scale, config.kernels)
+        if routes.dropped.shape[1] == 0:
+            merged = as_they_were(keys, values, routes)
+        else:
+            merged = consolidation.merge(view, keys, values, scores, routes, gate_scale)
     finite_values = merged.value.isfinite()
     is_finite = finite_scores & merged.key.isfinite().all() & finite_values.all()
     merged = merged._replace(value=torch.where(finite_values, merged.value, gather(values, routes.kept)))

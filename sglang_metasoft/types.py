@@ -6,7 +6,7 @@ G KV heads, r = H / G, d head size, t probe tokens, C entries before the probe, 
 
 import enum
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -104,13 +104,6 @@ class Prompt(NamedTuple):
         return torch.cat([self.span_ids, self.tail_ids])[-tokens:]
 
 
-class Carrying(NamedTuple):
-    """What has to be known of a prompt so that the kept entries' keys can carry the attention of the others."""
-
-    repeats: torch.Tensor  # [n, S] int64, of sglang_metasoft.repeats
-    directions: torch.Tensor  # [layers, G, d] float32, of sglang_metasoft.key_bias, where this prompt ends
-
-
 class Probe(NamedTuple):
     """The tokens that probe one prompt."""
 
@@ -118,7 +111,7 @@ class Probe(NamedTuple):
     context_slots: int  # entries of the row that they see (C)
     first_position: int  # logical position of the first; the others follow
     ranking_tokens: int | None = None  # the first of them, which rank; the others are there for a refit. None: all
-    carrying: Carrying | None = None  # if keys are to be biased
+    consolidation_inputs: Any = None  # what the consolidation has noted of the prompt, for itself alone
 
 
 class LayerPool(NamedTuple):
@@ -139,7 +132,7 @@ class Rope(NamedTuple):
 
 
 class ServedModel(Protocol):
-    """What a method may ask of the loaded model before the first prompt."""
+    """What a method or a consolidation may ask of the loaded model before the first prompt."""
 
     def rope(self) -> Rope:
         """The rotary embedding. Raises ValueError if the model has none, or several."""

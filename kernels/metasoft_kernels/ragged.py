@@ -47,6 +47,12 @@ def ragged(device: torch.device, *axes: Sequence[int]) -> list[Ragged]:
     return [Ragged(row, tuple(lengths)) for row, lengths in zip(starts, axes, strict=True)]
 
 
+def rows_of_each(rows: torch.Tensor, axis: Ragged, along: Ragged) -> list[torch.Tensor]:
+    """Each request's part of ``[G, axis.total]`` int32 rows of another axis, int64, counted from its start there."""
+    ranges = zip(axis.ranges(), along.ranges(), strict=True)
+    return [rows[:, own].to(torch.int64) - there.start for own, there in ranges]
+
+
 def single(device: torch.device, *lengths: int) -> list[Ragged]:
     """Axes of one request; made on the device, so that nothing is copied."""
     return [Ragged(torch.arange(2, dtype=torch.int32, device=device) * length, (length,)) for length in lengths]

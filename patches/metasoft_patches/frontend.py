@@ -23,8 +23,8 @@ from sglang_metasoft.config import (
     settings_of,
     shown,
 )
+from sglang_metasoft.methods import load_method
 from sglang_metasoft.radix import BACKEND_NAME, make_factory
-from sglang_metasoft.score import load_method
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from metasoft_kernels.probe.flashinfer_probe import FlashInferProbe
 
 from sglang_metasoft.batch import is_fused
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.score.base import Method
+from sglang_metasoft.methods.base import Method
 
 
 class Kernels(NamedTuple):
@@ -35,9 +35,9 @@ def choose_kernels(
     if not uses_triton(config.kernels, method.device, pool_dtype):
         return Kernels(None, "torch")
     name = "Triton's interpreter" if is_interpreted() else "triton"
-    if not is_fused(method, config):
+    if not is_fused(method):
         # Probe, score and select are fused all the same, one request at a time.
-        return Kernels(None, f"{name}; consolidation {method.consolidation} by torch")
+        return Kernels(None, f"{name}; consolidation {method.consolidation_name} by torch")
     if config.kernels == "triton":
         return Kernels(fused.attend, f"{name}, probe attention included")
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sglang.srt.lora.layers import BaseLayerWithLoRA
 
-from sglang_metasoft.key_bias import KeyDirections
+from sglang_metasoft.consolidations import Consolidation
 
 
 def _manager_of(model_runner):
@@ -72,23 +72,23 @@ def base_embedding(model):
     return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
 
 
-class AdapterDirections:
-    """The key directions of adapters, each fitted when its first prompt is compressed: queries differ by adapter.
+class AdapterConsolidations:
+    """The consolidation as prepared for each adapter when its first prompt is compressed: queries differ by adapter.
 
     Args:
         model_runner: SGLang's.
-        fit: an adapter's id to its directions; runs the model once and waits for it.
+        prepare: from an adapter's id; may run the model once and wait for it.
     """
 
-    def __init__(self, model_runner, fit: Callable[[str], KeyDirections]) -> None:
+    def __init__(self, model_runner, prepare: Callable[[str], Consolidation]) -> None:
         self._manager = _manager_of(model_runner)
-        self._fit = fit
-        self._fitted: dict[str, KeyDirections] = {}
+        self._prepare = prepare
+        self._prepared: dict[str, Consolidation] = {}
 
-    def of(self, lora_id: str) -> KeyDirections:
+    def of(self, lora_id: str) -> Consolidation:
         """On every rank at the same time."""
-        if lora_id not in self._fitted:
+        if lora_id not in self._prepared:
             # Adapters that were unloaded never come back under the same id.
-            self._fitted = {known: kept for known, kept in self._fitted.items() if known in self._manager.loras}
-            self._fitted[lora_id] = self._fit(lora_id)
-        return self._fitted[lora_id]
+            self._prepared = {known: kept for known, kept in self._prepared.items() if known in self._manager.loras}
+            self._prepared[lora_id] = self._prepare(lora_id)
+        return self._prepared[lora_id]

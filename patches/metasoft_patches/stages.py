@@ -24,11 +24,10 @@ from sglang_metasoft.batch import FusedBatch
 from sglang_metasoft.clock import StageClock, no_clock
 from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.key_bias import KeyDirections, fit_key_directions
-from sglang_metasoft.merge import load_consolidation
+from sglang_metasoft.consolidations import Consolidation
+from sglang_metasoft.methods import load_method
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
-from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Prompt
 
 logger = logging.getLogger(__name__)
@@ -64,11 +63,10 @@ class StageRunner:
         self.embedding = SharedEmbedding(self._embed, shape.hidden_size)
         self.method = load_method(config.method)(config, shape, self.embedding, self.device)
         self.method.prepare(LoadedModel(scheduler, adapter, self._embed))
-        self.adapter_directions = lora.AdapterDirections(self.runner, self._fit_directions)
+        self.adapter_consolidations = lora.AdapterConsolidations(self.runner, self._prepare_for)
         self.is_stale = False  # the weights have changed since
         self.unfit: str | None = None  # why the method cannot serve the present weights
-        consolidation = load_consolidation(self.method.consolidation)
-        self.has_probe = self.method.needs_probe or consolidation.needs_probe
+        self.has_probe = self.method.runs_model
         self.kernels = choose_kernels(
             config, self.method, shape.num_heads // self.size, max(shape.num_kv_heads // self.size, 1),
             self.runner.dtype, committer.pool.dtype,
@@ -93,7 +91,7 @@ class StageRunner:
             if self.unfit is not None:
                 logger.warning("MetaSoft: the weights fit again: prompts are compressed")
             self.unfit = None
-            self.adapter_directions = lora.AdapterDirections(self.runner, self._fit_directions)
+            self.adapter_consolidations = lora.AdapterConsolidations(self.runner, self._prepare_for)
         self.is_stale = False
 
     @property
@@ -101,9 +99,9 @@ class StageRunner:
         """Where :meth:`run` was when it raised; a fault outside of a layer is the probe's."""
         return self.clock and self.clock.unfinished or "probe"
 
-    def _fit_directions(self, lora_id: str) -> KeyDirections:
+    def _prepare_for(self, lora_id: str) -> Consolidation:
         model = LoadedModel(self.scheduler, self.adapter, self._embed, lora_id)
-        return fit_key_directions(model, self.shape, self.device)
+        return self.method.consolidation.prepared_for(model)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -124,7 +122,7 @@ class StageRunner:
         if self.clock is not None:
             self.clock.drop()  # what a compression that failed has left
         for req, _, _ in items:
-            self._adapter_directions_of(req)  # may run the model, on all ranks: before one of them alone can fail
+            self._consolidation_of(req)  # may run the model, on all ranks: before one of them alone can fail
         jobs = [self._make_job_in_step(guard, *item) for item in items]
         trace = [[] for _ in jobs] if self.config.trace_dir else None
         finite = [[] for _ in jobs]
@@ -156,7 +154,7 @@ class StageRunner:
                 zip(jobs, q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
             ):
                 out, routes, merged, is_finite = compress_layer(
-                    job, *tensors, pool, self.method, self.config, gate_scale, layer.layer_id, self.first_kv_head, clock
+                    job, *tensors, pool, self.method, gate_scale, layer.layer_id, self.first_kv_head, clock
                 )
                 finite[number].append(is_finite)
                 if trace is not None:
@@ -187,7 +185,7 @@ class StageRunner:
 
     def _fused_batch(self, jobs: list[Job]) -> FusedBatch | None:
         attend = self.kernels.attend
-        return FusedBatch(jobs, self.method, self.config, attend, self.first_kv_head) if attend else None
+        return FusedBatch(jobs, self.method, attend, self.first_kv_head) if attend else None
 
     def _make_job_in_step(self, guard: Guard, req, plan: Plan, slots: torch.Tensor) -> Job:
         """The job; or, if this rank of several cannot make it, one of its shapes, with which it joins in the probe."""
@@ -200,12 +198,14 @@ class StageRunner:
         for count in tokens[self.embedding.calls :]:
             self.embedding(torch.zeros(count, dtype=torch.int64, device=self.device))
         embeds = torch.zeros(job.probe.embeds.shape, device=self.device)
-        probe = job.probe._replace(embeds=embeds, carrying=None)
+        probe = job.probe._replace(embeds=embeds, consolidation_inputs=None)
         return job._replace(probe=probe, context_slots=slots, span_slots=slots, new_slots=slots)
 
-    def _adapter_directions_of(self, req) -> KeyDirections | None:
-        has_own = self.method.key_directions is not None and req.lora_id is not None
-        return self.adapter_directions.of(req.lora_id) if has_own else None
+    def _consolidation_of(self, req) -> Consolidation:
+        """The one that is prepared for the adapter that the request runs under."""
+        consolidation = self.method.consolidation
+        has_own = consolidation.learns_from_model and req.lora_id is not None
+        return self.adapter_consolidations.of(req.lora_id) if has_own else consolidation
 
     def _ids(self, ids) -> torch.Tensor:
         if self.embedding.is_rehearsal:
@@ -226,7 +226,7 @@ class StageRunner:
                 context_slots=context_slots,
                 context_tokens=context_tokens,
             )
-            probe = make_probe(self.method, prompt, self.config, self._adapter_directions_of(req))
+            probe = make_probe(self.method, prompt, self._consolidation_of(req))
         else:
             probe = Probe(torch.empty(0, self.shape.hidden_size), context_slots, context_tokens)
         row = self.committer.row(req)

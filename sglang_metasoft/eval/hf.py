@@ -21,10 +21,10 @@ from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.eval.oracle import Oracle
 from sglang_metasoft.eval.records import FULL, Store, is_settled, make_key, make_record
 from sglang_metasoft.eval.variants import VARIANTS
+from sglang_metasoft.methods import load_method
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.policy import plan_span
 from sglang_metasoft.probe import make_probe
-from sglang_metasoft.score import load_method
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
 
 USAGE = "NAME[+CONSOLIDATION][:SETTING=VALUE,...][@PATH]"
@@ -96,7 +96,7 @@ class Compressor:
         if isinstance(self.method, Oracle):
             self.method.observe(ids[span:], answer_ids)
         prompt = Prompt(all_ids[:span], all_ids[span:end], context_slots=end, context_tokens=end)
-        probe = make_probe(self.method, prompt, self.config)
+        probe = make_probe(self.method, prompt)
         slots = torch.arange(len(ids), device=device)
         jobs = [
             Job(plan, probe, slots[: probe.context_slots], slots[:span], slots[: plan.kept_slots]) for plan in plans
@@ -108,7 +108,7 @@ class Compressor:
             heads = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]
             gate = self.method.gate_scale(layer, 0, self.model.shape.num_kv_heads)
             for job, result in zip(jobs, kept, strict=True):
-                out, _, merged, _ = compress_layer(job, *heads, pool, self.method, self.config, gate, layer)
+                out, _, merged, _ = compress_layer(job, *heads, pool, self.method, gate, layer)
                 result.append(LayerKV(merged.key, merged.value))
             return out.transpose(0, 1)[None]
 

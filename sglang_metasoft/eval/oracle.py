@@ -2,7 +2,7 @@
 
 import torch
 
-from sglang_metasoft.score.base import Method
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.types import Probe, Prompt, Scores
 
 

@@ -4,8 +4,8 @@ from metasoft_kernels.score import probability_blocks
 from torch.nn.functional import max_pool1d
 
 from sglang_metasoft.eval.oracle import Oracle
-from sglang_metasoft.score.base import Method
-from sglang_metasoft.score.metasoft import MetaSoft
+from sglang_metasoft.methods.base import Method
+from sglang_metasoft.methods.metasoft import MetaSoft
 from sglang_metasoft.types import LayerView, Scores
 
 NEIGHBOURS = 7

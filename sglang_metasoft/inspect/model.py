@@ -11,12 +11,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from sglang_metasoft.config import METHODS, MetaSoftConfig, shown
 from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_config, read_shape
+from sglang_metasoft.methods import load_method
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
-from sglang_metasoft.repeats import favour_one_of_each
 from sglang_metasoft.rope import read_rope
-from sglang_metasoft.score import load_method
-from sglang_metasoft.score.base import Method
 from sglang_metasoft.types import Job, LayerPool, MergedKV, Plan, Prompt, Rope, Routes
 
 PROBE_ATTENTION = "metasoft_probe"
@@ -150,7 +149,7 @@ class InspectedModel:
             context_slots=len(ids),
             context_tokens=len(ids),
         )
-        probe = make_probe(method, prompt, config)
+        probe = make_probe(method, prompt)
         slots = torch.arange(len(ids), device=self.device)
         job = Job(plan, probe, slots[: probe.context_slots], slots[plan.start_slots : end], slots[: plan.kept_slots])
         recorder = _Recorder(method)
@@ -160,11 +159,9 @@ class InspectedModel:
             raw = cache.layers[layer]
             pool = LayerPool(raw.keys[0].transpose(0, 1), raw.values[0].transpose(0, 1), scale, 1.0, 1.0)
             gate = method.gate_scale(layer, 0, self.shape.num_kv_heads)
-            out, routes, merged, _ = compress_layer(job, q, k, v, pool, recorder, config, gate, layer)
+            out, routes, merged, _ = compress_layer(job, q, k, v, pool, recorder, gate, layer)
             gates = torch.as_tensor(gate, dtype=torch.float32, device="cpu").flatten().expand(self.shape.num_kv_heads)
-            importance = recorder.importance
-            if probe.carrying is not None:
-                importance = favour_one_of_each(importance, probe.carrying.repeats[0])
+            importance = method.consolidation.rank(recorder.importance, probe)
             layers.append(CompressedLayer(importance, routes, merged, gates))
             return out
 

@@ -3,13 +3,13 @@
 import torch
 from metasoft_kernels.merge.key_bias import LARGEST_BIAS
 
-from sglang_metasoft.repeats import rank_among_repeats
+from sglang_metasoft.consolidations.repeats import rank_among_repeats
 from sglang_metasoft.train.objective import CUT_FLOOR, log_share_dropped, without_sinks
 from sglang_metasoft.train.prepare import SINKS
 
 
 def favour(log_importance: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """As :func:`sglang_metasoft.repeats.favour_one_of_each`, of logs.
+    """As :func:`sglang_metasoft.consolidations.repeats.demote_repeats`, of logs.
 
     Args:
         log_importance: ``[layers, G, S]``.

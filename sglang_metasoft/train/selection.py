@@ -9,8 +9,8 @@ from metasoft_kernels.merge.key_bias import log_biases
 from metasoft_kernels.select import split_top
 from torch.nn.functional import avg_pool1d, cross_entropy
 
+from sglang_metasoft.consolidations.repeats import demote_repeats
 from sglang_metasoft.policy import MIN_KEPT_SLOTS
-from sglang_metasoft.repeats import favour_one_of_each
 from sglang_metasoft.train.attention import Fading, Probing
 from sglang_metasoft.train.backbone import Attend, Backbone, Layers
 from sglang_metasoft.train.prepare import SINKS, Context
@@ -48,7 +48,7 @@ def top(importance: torch.Tensor, kept: int, repeats: torch.Tensor | None = None
     """``[layers, G, B]`` indices kept of ``[layers, G, S]``, sinks included; ``repeats`` stand back (``key_bias``)."""
     layers = importance.float()
     if repeats is not None:
-        layers = [favour_one_of_each(layer, repeats[0]) for layer in layers]
+        layers = [demote_repeats(layer, repeats[0]) for layer in layers]
     return torch.stack([split_top(layer, kept, SINKS)[0] for layer in layers])
 
 
@@ -84,7 +84,7 @@ def with_biases(mass: torch.Tensor, kept: torch.Tensor, repeats: torch.Tensor) -
 
     Args:
         mass: ``[layers, G, S]`` attention that entries stand for.
-        repeats: as :func:`sglang_metasoft.repeats.find_repeats` gives.
+        repeats: as :func:`sglang_metasoft.consolidations.repeats.find_repeats` gives.
     """
     biases = torch.stack([log_biases(m.float(), k, repeats, SINKS) for m, k in zip(mass, kept, strict=True)])
     return Fading(torch.full_like(mass.float(), float("-inf")).scatter_(2, kept, biases))

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from sglang_metasoft.repeats import find_repeats
+from sglang_metasoft.consolidations.repeats import find_repeats
 from sglang_metasoft.train import checkpoint, key_bias
 from sglang_metasoft.train.attention import Fading
 from sglang_metasoft.train.backbone import Backbone

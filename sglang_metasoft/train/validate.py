@@ -5,7 +5,7 @@ from statistics import mean
 
 import torch
 
-from sglang_metasoft.repeats import find_repeats
+from sglang_metasoft.consolidations.repeats import find_repeats
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.dataset import Dataset
 from sglang_metasoft.train.prepare import Context, Store

@@ -6,15 +6,25 @@ from metasoft_kernels.move import add_to_keys
 from metasoft_kernels.move import fused as move_kernels
 from metasoft_kernels.probe import fused as probe_kernels
 
-from sglang_metasoft.batch import FUSED_CONSOLIDATIONS, FusedBatch
-from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.batch import FusedBatch
+from sglang_metasoft.config import CONSOLIDATIONS, MetaSoftConfig
+from sglang_metasoft.consolidations import load_consolidation
+from sglang_metasoft.consolidations.key_bias import KeyBiasInputs
+from sglang_metasoft.consolidations.repeats import find_repeats
+from sglang_metasoft.methods import load_method
 from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.repeats import find_repeats
-from sglang_metasoft.score import load_method
-from sglang_metasoft.types import Carrying, Job, LayerPool, Plan, Probe
+from sglang_metasoft.types import Job, LayerPool, Plan, Probe
 from tests.kernels.cases import DEVICE, Case, make_pool, randn
 
 SPANS, KEPT, WINDOW = [150, 64, 97], [40, 16, 97], 10
+
+
+def make_method(name, consolidation, kernels):
+    """As far as a layer needs it: neither has probe tokens to load."""
+    method = load_method(name).__new__(load_method(name))
+    method.config = MetaSoftConfig(consolidation=consolidation, kernels=kernels, route_targets=3, route_band=30)
+    method.shape, method.device = None, DEVICE
+    return method
 
 
 def make_jobs(case, pool, biases_keys):
@@ -26,29 +36,26 @@ def make_jobs(case, pool, biases_keys):
         probe = Probe(torch.empty(9 if span == 64 else 12, 1), slots.numel(), slots.numel())
         if biases_keys:
             ids = torch.arange(span, device=DEVICE) // 2 % 20
-            probe = probe._replace(carrying=Carrying(find_repeats(ids), randn(1, 3, 64)))
+            probe = probe._replace(consolidation_inputs=KeyBiasInputs(find_repeats(ids), randn(1, 3, 64)))
         jobs.append(Job(plan, probe, slots, slots[:span], pool.free[new : new + kept]))
         begin, new = begin + span + WINDOW, new + kept
     return jobs
 
 
-@pytest.mark.parametrize("consolidation", FUSED_CONSOLIDATIONS)
+@pytest.mark.parametrize("consolidation", [name for name in CONSOLIDATIONS if load_consolidation(name).is_fused])
 @pytest.mark.parametrize("name", ["judge_q", "snapkv"])  # the probe's attention alone, and a score of its own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
 def test_batch(name, consolidation, dtype):
     case = Case(0, 3, 2, 64, 16, dtype)
     pool = make_pool(case, [span + WINDOW for span in SPANS])
     jobs = make_jobs(case, pool, consolidation == "key_bias")
-    method = load_method(name).__new__(load_method(name))
-    method.config = config = MetaSoftConfig(
-        consolidation=consolidation, kernels="triton", route_targets=3, route_band=30
-    )
+    method = make_method(name, consolidation, "triton")
     layer = LayerPool(pool.key, pool.value, 0.125, *case.scales)
     lengths = [job.probe.embeds.shape[0] for job in jobs]
     q = randn(sum(lengths), 6, 64, dtype=case.compute_dtype)
     k, v = (randn(sum(lengths), 3, 64, dtype=case.compute_dtype) for _ in range(2))
     gate = torch.rand(3, 1).to(DEVICE)
-    batch = FusedBatch(jobs, method, config, probe_kernels.attend)
+    batch = FusedBatch(jobs, method, probe_kernels.attend)
     out, consolidated, flags = batch.compress(q, k, v, layer, gate, 0)
     assert DEVICE == "cuda" or all(flag.item() for flag in flags)
     move_kernels.move(
@@ -57,12 +64,12 @@ def test_batch(name, consolidation, dtype):
     )  # fmt: skip
     if consolidated.key_moves is not None:
         add_to_keys(pool.key, batch.new_slots, consolidated.key_moves, layer.key_scale)
-    method.config = MetaSoftConfig(consolidation=consolidation, kernels="torch", route_targets=3, route_band=30)
+    method = make_method(name, consolidation, "torch")
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     kept = batch.kept_of_jobs(consolidated.kept_rows)
     inputs = zip(jobs, q.split(lengths), k.split(lengths), v.split(lengths), out.split(lengths), kept, strict=True)
     for job, *tensors, got, ours in inputs:
-        expected, routes, merged, _ = compress_layer(job, *tensors, layer, method, method.config, gate)
+        expected, routes, merged, _ = compress_layer(job, *tensors, layer, method, gate)
         torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
         same = (ours == routes.kept).all(1)
         assert same.all() if dtype == torch.float32 else (ours == routes.kept).float().mean() > 0.9

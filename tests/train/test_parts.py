@@ -13,9 +13,10 @@ from metasoft_kernels.score import importance
 from transformers import AutoModelForCausalLM
 
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.consolidations import load_consolidation
+from sglang_metasoft.consolidations.repeats import demote_repeats, find_repeats
 from sglang_metasoft.entry_scorer import EntryScorer
-from sglang_metasoft.repeats import favour_one_of_each, find_repeats
-from sglang_metasoft.score.metasoft import MetaSoft
+from sglang_metasoft.methods.metasoft import MetaSoft
 from sglang_metasoft.train import key_bias
 from sglang_metasoft.train.attention import Probing, Watch
 from sglang_metasoft.train.backbone import Backbone
@@ -26,7 +27,7 @@ from sglang_metasoft.train.prepare import prepare
 from sglang_metasoft.train.selection import answer_score, cut_slots, kept_slots, shorten, top, with_biases
 from sglang_metasoft.train.student import Dynamic
 from sglang_metasoft.train.texts import HeldOut, read_corpus
-from sglang_metasoft.types import Carrying, Job, LayerPool, LayerView, Plan, Probe
+from sglang_metasoft.types import Job, LayerPool, LayerView, Plan, Probe
 
 CPU = torch.device("cpu")
 
@@ -139,7 +140,7 @@ def test_the_squared_error_is_a_share_of_the_targets_square():
 def test_repeats_stand_back_in_training_as_in_the_server():
     importance, kinds = torch.rand(2, 3, 50), torch.randint(0, 20, (50,))
     ours = key_bias.favour(importance.log(), kinds)
-    theirs = torch.stack([favour_one_of_each(layer, kinds) for layer in importance])
+    theirs = torch.stack([demote_repeats(layer, kinds) for layer in importance])
     torch.testing.assert_close(ours.exp(), theirs)
     torch.testing.assert_close(key_bias.favour(importance.log() - 90, kinds), ours - 90)  # up to a constant
 
@@ -253,7 +254,7 @@ def test_moving_an_entry_does_not_change_its_score(scorer):
 def test_the_server_ranks_as_training_does(scorer, at_boundary):
     torch.nn.init.normal_(scorer.out)
     method = MetaSoft.__new__(MetaSoft)
-    method.config = MetaSoftConfig()
+    method.config, method.shape, method.device = MetaSoftConfig(consolidation="none"), None, None
     method.soft_tokens = type("Soft", (), {"scorer": scorer})
     q, lse = torch.randn(5, 4, 12), torch.full((5, 4), 3.0)
     pool = LayerPool(torch.randn(60, 2, 12), torch.randn(60, 2, 12), 0.3, 1.0, 1.0)
@@ -264,8 +265,8 @@ def test_the_server_ranks_as_training_does(scorer, at_boundary):
     expected = scorer(scores.mass, *entry, int(at_boundary), (1,)).softmax(-1)
     torch.testing.assert_close(scores.importance, expected)
     torch.testing.assert_close(scores.mass, importance(q, pool.key, slots, lse, 0.3))
-    carrying = job.probe._replace(carrying=Carrying(None, None))
-    biased = method.score_layer(LayerView(job._replace(probe=carrying), pool, q, lse, 1))
+    method.consolidation = load_consolidation("key_bias")(method.config, None, None)
+    biased = method.score_layer(LayerView(job, pool, q, lse, 1))
     assert torch.equal(biased.importance, scores.importance)
     student = Dynamic.__new__(Dynamic)
     torch.nn.Module.__init__(student)

@@ -3,7 +3,7 @@
 import torch
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.score import load_method
+from sglang_metasoft.methods import load_method
 from sglang_metasoft.soft_tokens import SoftTokens
 from sglang_metasoft.static_tokens import StaticTokens
 from sglang_metasoft.types import Job, LayerPool, LayerView, ModelShape, Plan, Probe, Prompt, Rope

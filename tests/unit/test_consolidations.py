@@ -10,7 +10,7 @@ from metasoft_kernels.merge.zeromerge import zeromerge
 from metasoft_kernels.probe import attend
 from metasoft_kernels.select import split_top
 
-from sglang_metasoft.merge import load_consolidation
+from sglang_metasoft.consolidations import load_consolidation
 
 S, B, G, R, D = 60, 20, 2, 3, 16
 

@@ -26,9 +26,9 @@ def test_the_rehearsal_tells_what_is_embedded(name, consolidation, span):
         return table(ids)
 
     method.embed = SharedEmbedding(embed, SHAPE.hidden_size)
-    probe = make_probe(method, prompt, method.config)
+    probe = make_probe(method, prompt)
     assert method.embed.calls == len(embedded)
-    tokens, rehearsed = method.embed.rehearse(lambda: make_probe(method, prompt, method.config))
+    tokens, rehearsed = method.embed.rehearse(lambda: make_probe(method, prompt))
     assert tokens == embedded and len(embedded) == method.embed.calls, "the rehearsal embeds nothing"
     assert rehearsed.embeds.shape == probe.embeds.shape
     assert rehearsed[1:4] == probe[1:4]

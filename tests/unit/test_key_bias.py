@@ -7,8 +7,8 @@ import torch
 from metasoft_kernels.merge.key_bias import LARGEST_BIAS, UNMATCHED_SHARE, key_bias, log_biases
 from metasoft_kernels.move import add_to_keys
 
-from sglang_metasoft.key_bias import AHEAD_TOKENS, FIRST_TOKENS, fit_key_directions
-from sglang_metasoft.repeats import ID_BITS, ORDERS, favour_one_of_each, find_repeats
+from sglang_metasoft.consolidations.key_directions import AHEAD_TOKENS, FIRST_TOKENS, fit_key_directions
+from sglang_metasoft.consolidations.repeats import ID_BITS, ORDERS, demote_repeats, find_repeats
 from sglang_metasoft.rope import rotate, rotate_all
 from sglang_metasoft.types import Rope
 from tests.unit.methods import CPU, SHAPE, TinyModel, rope_table
@@ -40,7 +40,7 @@ def test_no_two_triples_are_taken_for_one(largest):
 @pytest.mark.parametrize("low", [0.0, -2.0])
 def test_one_of_each_comes_first(low):
     importance, repeats = torch.rand(G, S) + low, torch.randint(0, 25, (S,))
-    ours = favour_one_of_each(importance, repeats)
+    ours = demote_repeats(importance, repeats)
     if low < 0:
         importance = importance - importance.amin(1, keepdim=True)
     for g in range(G):
@@ -56,7 +56,7 @@ def test_one_of_each_comes_first(low):
 
 def test_without_repeats_the_ranking_stays():
     importance = torch.rand(G, S)
-    ours = favour_one_of_each(importance, torch.arange(S))
+    ours = demote_repeats(importance, torch.arange(S))
     torch.testing.assert_close(ours, importance)
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 pytest.importorskip("sglang")
-from metasoft_patches import lora
+from metasoft_patches import lora, stages
 from metasoft_patches.cpu_lora import PageableMemory
 from metasoft_patches.probe_forward import ProbeBackend, run_probe
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
+from sglang_metasoft.consolidations import load_consolidation
 from sglang_metasoft.types import Job, Plan, Probe
 
 RANK, WIDTH, PROBE, SLOTS = 16, 32, 32, 3
@@ -126,3 +127,40 @@ def test_the_loads_beside_the_forward_wait_for_the_probe():
     lora.hold_back_loads(SimpleNamespace(lora_overlap_loader=loader))
     assert waits == ["forward"]
     lora.hold_back_loads(SimpleNamespace())  # without overlap loading
+
+
+# -- what a consolidation learns of each adapter's queries -------------------------------------------------------------
+
+
+class Model:
+    def __init__(self, lora_id):
+        self.lora_id = lora_id
+
+
+@pytest.mark.parametrize("name", ["key_bias", "attention_flow"])
+def test_each_adapter_has_its_own_consolidation_until_it_is_unloaded(name, monkeypatch):
+    asked = []
+    consolidation_class = load_consolidation(name)
+    if name == "key_bias":
+        monkeypatch.setattr(consolidation_class, "prepare", lambda self, model: asked.append(model.lora_id))
+    monkeypatch.setattr(stages, "LoadedModel", lambda scheduler, adapter, embed, lora_id: Model(lora_id))
+    adapters = {"a": None, "b": None}
+    runner = stages.StageRunner.__new__(stages.StageRunner)
+    runner.scheduler = runner.adapter = None
+    runner.runner = SimpleNamespace(lora_manager=SimpleNamespace(loras=adapters))
+    runner.method = SimpleNamespace(consolidation=consolidation_class(None, None, None))
+    runner.adapter_consolidations = lora.AdapterConsolidations(runner.runner, runner._prepare_for)
+
+    def of(lora_id):
+        return runner._consolidation_of(SimpleNamespace(lora_id=lora_id))
+
+    base, a, b = (of(lora_id) for lora_id in (None, "a", "b"))
+    assert base is runner.method.consolidation and of("a") is a and of("b") is b
+    if name == "attention_flow":
+        assert a is b is base  # it learns nothing
+        return
+    assert len({id(one) for one in (base, a, b)}) == 3 and asked == ["a", "b"]
+    del adapters["a"]
+    adapters["c"] = None
+    of("c")
+    assert runner.adapter_consolidations._prepared.keys() == {"b", "c"} and of("b") is b

@@ -7,14 +7,14 @@ import torch
 from metasoft_kernels.probe import attend
 from metasoft_kernels.score import probability_blocks
 
-from sglang_metasoft.calibration import CALIBRATION_TOKENS
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS, MetaSoftConfig
-from sglang_metasoft.merge import load_consolidation
+from sglang_metasoft.consolidations import load_consolidation
+from sglang_metasoft.consolidations.calibration import CALIBRATION_TOKENS
+from sglang_metasoft.methods import load_method
+from sglang_metasoft.methods.expected_attention import FUTURE_TOKENS, mean_rotation
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
 from sglang_metasoft.rope import rotate
-from sglang_metasoft.score import load_method
-from sglang_metasoft.score.expected_attention import FUTURE_TOKENS, mean_rotation
 from sglang_metasoft.types import Job, LayerView, Plan, Probe, Rope
 from tests.unit.methods import (
     CPU,
@@ -38,14 +38,14 @@ GROUPS, RATIO, D = SHAPE.num_kv_heads, SHAPE.num_heads // SHAPE.num_kv_heads, SH
 
 def compress(method, consolidation, kept=KEPT, pool=None, empty=False, spoil=None):
     method = make_method(method, consolidation=consolidation)
-    probe = make_probe(method, make_prompt(), method.config)
+    probe = make_probe(method, make_prompt())
     if empty:
         probe = probe._replace(embeds=probe.embeds[:0])
     q, k, v = make_tensors(probe.embeds.shape[0])
     if spoil is not None:
         q[0, 0] = spoil
     job = make_job(probe, kept)
-    return compress_layer(job, q, k, v, pool or make_pool(), method, method.config, method.gate_scale(1, 0, 3), 1)
+    return compress_layer(job, q, k, v, pool or make_pool(), method, method.gate_scale(1, 0, 3), 1)
 
 
 @pytest.mark.parametrize(("method", "consolidation"), EVERY)
@@ -306,13 +306,11 @@ def test_a_compressor_whose_gate_is_shut_biases_keys_and_spares_the_routing(gate
     soft_tokens.save(tmp_path, SHAPE)
     method = make_method("metasoft", path=str(tmp_path))
     assert method.default_consolidation == expected and expected in method.description
-    probe = make_probe(method, make_prompt(), method.config)
+    probe = make_probe(method, make_prompt())
     q, k, v = make_tensors(probe.embeds.shape[0])
     for consolidation, is_same in ((None, True), ("attention_flow", True), ("none", gate == 0)):
-        config = MetaSoftConfig(path=str(tmp_path), consolidation=consolidation)
-        _, _, merged, _ = compress_layer(
-            make_job(probe), q, k, v, make_pool(), method, config, method.gate_scale(1, 0, 3), 1
-        )
+        asked = make_method("metasoft", path=str(tmp_path), consolidation=consolidation)
+        _, _, merged, _ = compress_layer(make_job(probe), q, k, v, make_pool(), asked, asked.gate_scale(1, 0, 3), 1)
         if consolidation is None:
             first = merged.value
         assert torch.equal(merged.value, first) is is_same

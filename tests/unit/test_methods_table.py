@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS
-from sglang_metasoft.merge import load_consolidation
-from sglang_metasoft.score import load_method
+from sglang_metasoft.consolidations import load_consolidation
+from sglang_metasoft.methods import load_method
+from tests.unit.methods import make_method
 
 TEXT = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
 YES = {True: "yes", False: "no"}
@@ -31,13 +32,13 @@ def test_a_methods_row_is_what_its_class_says(name):
     row, method = rows("| method |")[name], load_method(name)
     assert row["trained"] == YES[method.reads_path]
     assert row["tensor parallel"] == YES[not method.needs_all_heads]
-    assert row["default consolidation"] == f"`{method.default_consolidation}`"
+    assert row["default consolidation"] == f"`{make_method(name).default_consolidation}`"
     assert (row["probe"] == "none") is not method.needs_probe
     module = __import__(method.__module__, fromlist=["__doc__"])
     assert row["source"] in module.__doc__
 
 
 @pytest.mark.parametrize("name", CONSOLIDATIONS)
-def test_a_consolidations_row_is_what_its_function_says(name):
+def test_a_consolidations_row_is_what_its_class_says(name):
     row, consolidation = rows("| consolidation |")[name], load_consolidation(name)
-    assert row["needs queries"] == YES[consolidation.refits]
+    assert row["needs queries"] == YES[consolidation.needs_queries]

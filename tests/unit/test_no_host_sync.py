@@ -8,8 +8,9 @@ from metasoft_kernels.probe.fused import attend
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_metasoft.batch import FUSED_CONSOLIDATIONS, FusedBatch
+from sglang_metasoft.batch import FusedBatch
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS
+from sglang_metasoft.consolidations import load_consolidation
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
 from sglang_metasoft.types import Job, Plan, Prompt
@@ -32,11 +33,11 @@ def test_a_layer_is_compressed_without_reading_a_value(name, consolidation, kern
     with FakeTensorMode():
         device = torch.device("cuda")
         method = make_method(name, monkeypatch, device, consolidation=consolidation, kernels=kernels)
-        job = make_job(make_probe(method, make_prompt(device), method.config), device=device)
+        job = make_job(make_probe(method, make_prompt(device)), device=device)
         t = job.probe.embeds.shape[0]
         q, k, v = make_tensors(t, device)
         out, routes, merged, is_finite = compress_layer(
-            job, q, k, v, make_pool(device), method, method.config, method.gate_scale(1, 0, 3), 1
+            job, q, k, v, make_pool(device), method, method.gate_scale(1, 0, 3), 1
         )
     heads, groups, d = SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim
     assert out.shape == (t, heads, d) and routes.kept.shape == (groups, KEPT)
@@ -62,13 +63,13 @@ def make_long_job(method, span: int, device) -> Job:
     """A quarter of ``span`` entries stays."""
     ids = torch.zeros(span + TAIL, dtype=torch.int64, device=device)
     prompt = Prompt(ids[:span], ids[span:], span + TAIL, span + TAIL)
-    probe = make_probe(method, prompt, method.config)._replace(context_slots=span + TAIL, first_position=span + TAIL)
+    probe = make_probe(method, prompt)._replace(context_slots=span + TAIL, first_position=span + TAIL)
     slots = torch.zeros(2 * span + TAIL, dtype=torch.int64, device=device)
     new_slots = slots[: span // 4]
     return Job(Plan(0, span, span // 4, 4), probe, slots[: span + TAIL], slots[:span], new_slots)
 
 
-@pytest.mark.parametrize("consolidation", FUSED_CONSOLIDATIONS)
+@pytest.mark.parametrize("consolidation", [name for name in CONSOLIDATIONS if load_consolidation(name).is_fused])
 @pytest.mark.parametrize("name", FUSED_METHODS)
 def test_a_fused_batch_reads_no_value_and_allocates_in_proportion_to_its_length(name, consolidation, monkeypatch):
     launches, largest = record(monkeypatch), []
@@ -81,7 +82,7 @@ def test_a_fused_batch_reads_no_value_and_allocates_in_proportion_to_its_length(
             q, k, v = make_tensors(2 * job.probe.embeds.shape[0], device)
             launches.clear()
             with LargestTensor() as tensors:
-                batch = FusedBatch([job, job], method, method.config, attend)
+                batch = FusedBatch([job, job], method, attend)
                 _, consolidated, flags = batch.compress(q, k, v, pool, method.gate_scale(1, 0, 3), 1)
                 move(
                     pool.key, pool.value, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values

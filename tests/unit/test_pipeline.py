@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sglang_metasoft.config import METHODS, MetaSoftConfig
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.score.base import Method
 from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Scores
 from tests.unit.methods import make_method, make_view
 
@@ -36,7 +36,7 @@ def run(pool: LayerPool, spoilt: float | None = None):
     job = Job(Plan(0, SPAN, KEPT, 4), Probe(torch.empty(PROBE, 48), SPAN, SPAN), slots, slots, slots[:KEPT])
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(PROBE, heads, 16, generator=generator).to(device) for heads in (6, 3, 3))
-    return compress_layer(job, q, k, v, pool, method, method.config, 1.0)
+    return compress_layer(job, q, k, v, pool, method, 1.0)
 
 
 @pytest.fixture

@@ -4,10 +4,9 @@ import pytest
 import torch
 from metasoft_kernels.probe import attend
 
-from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.consolidations.reread import RUN_TOKENS, with_reread
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
-from sglang_metasoft.reread import RUN_TOKENS, with_reread
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
 from tests.unit.methods import make_method
 
@@ -55,16 +54,15 @@ def test_none_if_none_are_asked_for():
 
 @pytest.mark.parametrize("consolidation", ["none", "attention_flow", "least_squares"])
 def test_only_a_refit_reads_again(consolidation):
-    method = make_method("snapkv")
-    config = MetaSoftConfig(method="snapkv", consolidation=consolidation)
-    probe = make_probe(method, make_prompt(900, 64), config)
+    method = make_method("snapkv", consolidation=consolidation)
+    probe = make_probe(method, make_prompt(900, 64))
     assert (probe.ranking_tokens is not None) is (consolidation == "least_squares")
 
 
 def test_what_is_read_again_ranks_nothing_and_refits_more(monkeypatch):
     """The same entries stay with and without it, and their values bring back the output of what was read."""
     span, again = 512, 192
-    method = make_method("metasoft", monkeypatch)
+    method = make_method("metasoft", monkeypatch, consolidation="least_squares")
     shape = method.shape
     heads, groups, d = shape.num_heads, shape.num_kv_heads, shape.head_dim
     generator = torch.Generator().manual_seed(3)
@@ -75,12 +73,11 @@ def test_what_is_read_again_ranks_nothing_and_refits_more(monkeypatch):
     k = v = torch.zeros(len(q), groups, d)
     q, later = q[: 32 + again], q[32 + again :]
     slots = torch.arange(span)
-    config = MetaSoftConfig(consolidation="least_squares")
 
     def compress(tokens):
         probe = Probe(torch.empty(tokens, shape.hidden_size), span, span, 32 if tokens > 32 else None)
         job = Job(Plan(0, span, 128, 4), probe, slots, slots, slots[:128])
-        return compress_layer(job, q[:tokens], k[:tokens], v[:tokens], pool, method, config, 1.0, layer=1)[1:3]
+        return compress_layer(job, q[:tokens], k[:tokens], v[:tokens], pool, method, 1.0, layer=1)[1:3]
 
     def output(keys, values):
         empty = torch.full((len(later), groups, d), -1e4)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.score import load_method
+from sglang_metasoft.methods import load_method
 from sglang_metasoft.soft_tokens import SoftTokens, check_compressor
 from sglang_metasoft.static_tokens import StaticTokens
 from sglang_metasoft.types import ModelShape, Prompt

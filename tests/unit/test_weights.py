@@ -17,7 +17,7 @@ from metasoft_patches.stages import StageRunner
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.score import load_method
+from sglang_metasoft.methods import load_method
 from sglang_metasoft.soft_tokens import SoftTokens
 from sglang_metasoft.static_tokens import StaticTokens
 from tests.unit.methods import CPU, SHAPE, TinyModel, make_prompt
@@ -130,11 +130,11 @@ class Served:
 def test_a_trained_method_follows_weights_that_fit_and_refuses_others(name, tmp_path, monkeypatch):
     served = Served(tmp_path)
     method = served.method(name, trained=True, consolidation="key_bias")
-    directions, identity, table = method.key_directions, method.identity, served.table
+    directions, identity, table = method.consolidation.directions, method.identity, served.table
     monkeypatch.setattr("sglang_metasoft.soft_tokens.resolve_folder", None)  # the file, or the hub, is asked once
     served.table = table + 0.01 * table.std() * torch.randn_like(table)
     assert method.follow_weights(TinyModel(CPU)) is method and method.identity == identity
-    assert method.key_directions is not directions, "the queries are others too"
+    assert method.consolidation.directions is not directions, "the queries are others too"
     served.table = torch.randn_like(table)
     with pytest.raises(ValueError, match="whose embedding table is not that of the served model"):
         method.follow_weights(TinyModel(CPU))

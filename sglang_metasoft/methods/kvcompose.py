@@ -5,7 +5,7 @@ from functools import reduce
 import torch
 from metasoft_kernels.score import probability_blocks
 
-from sglang_metasoft.score.base import Method
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.types import LayerView, Probe, Prompt, Scores
 
 

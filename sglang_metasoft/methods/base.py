@@ -1,18 +1,18 @@
 """What a method has to say: which tokens probe the prompt, and how their attention becomes importance."""
 
+from functools import cached_property
+
 import torch
 from metasoft_kernels.score import importance
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.key_bias import KeyDirections, fit_key_directions
-from sglang_metasoft.merge import load_consolidation
+from sglang_metasoft.consolidations import Consolidation, load_consolidation
 from sglang_metasoft.types import Embed, LayerView, ModelShape, Probe, Prompt, Scores, ServedModel
 
 
 class Method:
     """Base of all methods. Constructed once per scheduler process, from the same inputs on every rank."""
 
-    default_consolidation = "attention_flow"
     needs_probe = True  # else the entries alone decide, and the model does not run
     needs_all_heads = False  # a head's importance depends on other heads, which other ranks may hold
     reads_path = False  # loads a trained compressor from ``--metasoft-path``
@@ -49,12 +49,26 @@ class Method:
         self.shape = shape
         self.embed = embed
         self.device = device
-        self.key_directions: KeyDirections | None = None  # for a consolidation that biases keys
 
     @property
-    def consolidation(self) -> str:
+    def default_consolidation(self) -> str:
+        """The name of the one in use if the settings name none; a method may say just ``= "none"``."""
+        return "attention_flow"
+
+    @property
+    def consolidation_name(self) -> str:
         """The name of the one in use."""
         return self.config.consolidation or self.default_consolidation
+
+    @cached_property
+    def consolidation(self) -> Consolidation:
+        """The one in use."""
+        return load_consolidation(self.consolidation_name)(self.config, self.shape, self.device)
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether a probe runs through the model, for the method's sake or the consolidation's."""
+        return self.needs_probe or self.consolidation.needs_probe
 
     def prepare(self, model: ServedModel) -> None:
         """Learn from the loaded model what does not depend on a prompt; once, and again after a change of weights.
@@ -62,8 +76,7 @@ class Method:
         Raises:
             ValueError: the model lacks what the method or the consolidation needs.
         """
-        if load_consolidation(self.consolidation).biases_keys:
-            self.key_directions = fit_key_directions(model, self.shape, self.device)
+        self.consolidation.prepare(model)
 
     def follow_weights(self, model: ServedModel) -> "Method":
         """The method for the weights that the model has now: after a change of weights; it may be this one, changed.

@@ -2,8 +2,8 @@
 
 import torch
 
-from sglang_metasoft.calibration import calibration_ids
-from sglang_metasoft.score.base import Method
+from sglang_metasoft.consolidations.calibration import calibration_ids
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.types import LayerView, Scores, ServedModel
 
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.rope import rotate
-from sglang_metasoft.score.base import Method
 from sglang_metasoft.types import LayerView, Probe, Prompt, Rope, Scores, ServedModel
 
 FUTURE_TOKENS = 512

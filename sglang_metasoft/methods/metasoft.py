@@ -1,6 +1,6 @@
 """Meta-Soft (arXiv 2605.22337): soft tokens, composed from an orthogonal meta-library, probe the prompt."""
 
-from sglang_metasoft.score.base import Method
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.soft_tokens import TAIL_TOKENS, SoftTokens, check_compressor
 from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Scores
 
@@ -8,8 +8,8 @@ from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Scores
 class MetaSoft(Method):
     """Soft tokens appended after the prompt; what they attend to stays.
 
-    A trained compressor may bring an entry scorer, which refines the ranking. The consolidation's gate goes by the
-    attention itself; what a kept key carries by the geometric mean of the two, nearer to the answers' than either.
+    A trained compressor may bring an entry scorer, which refines the ranking. What an entry stands for is then up to
+    the consolidation: the soft tokens' attention, or that and the scorer's.
     """
 
     reads_path = True
@@ -23,15 +23,18 @@ class MetaSoft(Method):
     def __init__(self, config, shape: ModelShape, embed, device) -> None:
         super().__init__(config, shape, embed, device)
         if config.path is None:
-            self.soft_tokens, is_shut = SoftTokens.untrained(shape, config.soft_tokens, embed, device), False
+            self.soft_tokens = SoftTokens.untrained(shape, config.soft_tokens, embed, device)
+            self.is_gate_shut = False
         else:
             self.soft_tokens = SoftTokens.load(config.path, shape, embed, device)
-            is_shut = not self.soft_tokens.gate_scale.any()
-        # Where nothing would flow the routing is spared.
-        if config.gate_scale == 0:
-            self.default_consolidation = "none"
-        elif config.gate_scale is None and is_shut:
-            self.default_consolidation = "key_bias"
+            self.is_gate_shut = not self.soft_tokens.gate_scale.any()
+
+    @property
+    def default_consolidation(self) -> str:
+        """Attention flow; where nothing would flow the routing is spared."""
+        if self.config.gate_scale == 0:
+            return "none"
+        return "key_bias" if self.config.gate_scale is None and self.is_gate_shut else "attention_flow"
 
     def follow_weights(self, model):
         if self.config.path is None:
@@ -51,7 +54,7 @@ class MetaSoft(Method):
     @property
     def description(self) -> str:
         kind = "untrained" if self.config.path is None else f"trained ({self.config.path})"
-        return f"{self.soft_tokens.count} {kind} soft tokens, consolidation {self.consolidation}"
+        return f"{self.soft_tokens.count} {kind} soft tokens, consolidation {self.consolidation_name}"
 
     def probe(self, prompt: Prompt) -> Probe:
         mode = int(prompt.tail_ids.numel() == 0)
@@ -76,7 +79,7 @@ class MetaSoft(Method):
             where=(view.layer, heads),
         )
         importance = log_importance.softmax(-1)
-        return Scores(importance, mass if view.job.probe.carrying is None else (mass * importance).sqrt())
+        return Scores(importance, self.consolidation.mass(mass, importance))
 
     def gate_scale(self, layer, first_kv_head, num_kv_heads):
         if self.config.gate_scale is not None:

@@ -6,7 +6,7 @@ A method is one short file; name it in :data:`sglang_metasoft.config.METHODS` an
 import importlib
 
 from sglang_metasoft.config import METHODS
-from sglang_metasoft.score.base import Method
+from sglang_metasoft.methods.base import Method
 
 
 def load_method(name: str) -> type[Method]:

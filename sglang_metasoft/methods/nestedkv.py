@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import avg_pool1d, normalize, pad
 
-from sglang_metasoft.score.base import Method
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.types import LayerView, ModelShape, Scores
 
 LEAST_BLOCK, MOST_BLOCK, BLOCKS = 128, 256, 32

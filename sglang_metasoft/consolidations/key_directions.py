@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_metasoft.calibration import CALIBRATION_TOKENS, calibration_ids
+from sglang_metasoft.consolidations.calibration import CALIBRATION_TOKENS, calibration_ids
 from sglang_metasoft.rope import rotate, rotate_all, without_factor
 from sglang_metasoft.types import ModelShape, Rope, ServedModel
 

@@ -37,7 +37,7 @@ def _number(codes: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(codes).scatter_(0, place, is_new.cumsum(0))
 
 
-def favour_one_of_each(importance: torch.Tensor, repeats: torch.Tensor) -> torch.Tensor:
+def demote_repeats(importance: torch.Tensor, repeats: torch.Tensor) -> torch.Tensor:
     """Rank what is said once before what was said already: a kept entry can carry the attention of its repeats.
 
     Of entries with equal numbers the best one counts for the geometric mean of its own importance and the sum of all of
@@ -62,7 +62,7 @@ def rank_among_repeats(importance: torch.Tensor, repeats: torch.Tensor) -> torch
 
     Args:
         importance: ``[G, S]`` float32, at least 0.
-        repeats: as for :func:`favour_one_of_each`.
+        repeats: as for :func:`demote_repeats`.
 
     Returns:
         ``[G, S]`` int64.

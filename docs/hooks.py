@@ -13,6 +13,8 @@ from sglang_metasoft.metrics import metrics_table
 from sglang_metasoft.types import Bypass
 
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+NAME = re.compile(r"<td>(?=<code>[^\s<]+</code></td>)")  # a cell with one name, and nothing else
+FIGURE = re.compile(r"<td>(?=[^<]{1,16}\)</td>)")  # a figure with its interval
 MARK = re.compile(r"<!-- (generated: \w+|end) -->\n?")
 
 
@@ -66,6 +68,11 @@ def filled(markdown: str) -> str:
 def on_page_markdown(markdown: str, **kwargs) -> str:
     """Called by MkDocs for each page."""
     return MARK.sub("", filled(markdown))
+
+
+def on_page_content(html: str, **kwargs) -> str:
+    """Called by MkDocs for each page: classes for ``tables.css``."""
+    return FIGURE.sub('<td class="figure">', NAME.sub('<td class="name">', html))
 
 
 if __name__ == "__main__":

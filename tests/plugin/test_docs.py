@@ -33,6 +33,14 @@ def test_tables_are_made_from_the_code(site):
         assert "generated:" not in page.read_text(), page
 
 
+def test_names_and_figures_in_tables_are_not_broken(site):
+    settings, quality = ((site / page / "index.html").read_text() for page in ("settings", "quality"))
+    assert '<td class="name"><code>during_prefill</code></td>' in settings
+    assert re.search(r'<td class="figure">\d+ \(\d+–\d+\)</td>', quality)
+    troubleshooting = (site / "troubleshooting" / "index.html").read_text()
+    assert '<td class="name"><code>unrecognized' not in troubleshooting  # a message wraps at its spaces
+
+
 def test_the_committed_tables_are_those_of_the_code():
     """If not: ``python docs/hooks.py``."""
     hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))

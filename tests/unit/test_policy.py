@@ -51,6 +51,20 @@ def test_a_budget_larger_than_the_prompt_drops_nothing():
     assert plan(2000, budget=5000) is Bypass.NOTHING_TO_DROP
 
 
+@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("tokens", [2000, 130_000])
+def test_with_a_budget_that_no_prompt_reaches_only_those_are_compressed_that_ask(tokens, page):
+    """docs/rollout.md: --metasoft-budget 1000000000."""
+    assert plan(tokens, page, budget=10**9) is Bypass.NOTHING_TO_DROP
+    assert plan(tokens, page, budget=10**9, boundary_tokens=1000) is Bypass.NOTHING_TO_DROP
+    for options in ({"ratio": 4}, {"budget": 600}):
+        assert plan(tokens, page, budget=10**9, options=options) == plan(tokens, page, options=options)
+        assert isinstance(plan(tokens, page, options=options), Plan)
+    config = MetaSoftConfig(budget=10**9, during_prefill=True)
+    raw = chunked_footprint(config, prompt_tokens=tokens, chunk_tokens=512, page_size=page)
+    assert raw == (tokens, tokens)
+
+
 @pytest.mark.parametrize("options", [{"ratio": 1}, {"ratio": 1.0}, {"budget": 1}])
 def test_one_means_do_not_compress(options):
     assert plan(2000, options=options) is Bypass.OPTED_OUT

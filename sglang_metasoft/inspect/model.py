@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from sglang_metasoft.config import METHODS, MetaSoftConfig, shown
-from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_config, read_shape
+from sglang_metasoft.hf.shape import kv_bytes_per_entry, read_config, read_shape
 from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.probe import make_probe
 from sglang_metasoft.repeats import favour_one_of_each
@@ -48,11 +48,6 @@ def load_tokenizer(folder: str | Path):
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model path: {shown(str(folder))} has no tokenizer that can be loaded: {error}") from None
-
-
-def context_tokens(folder: str | Path) -> int | None:
-    """The longest text that the model takes, if its configuration says so."""
-    return getattr(read_config(folder).get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 class InspectedModel:

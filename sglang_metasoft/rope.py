@@ -1,7 +1,5 @@
 """Turning queries and keys by position, as the model's rotary embedding does."""
 
-from typing import Any
-
 import torch
 
 from sglang_metasoft.types import Rope
@@ -27,20 +25,6 @@ def without_factor(rope: Rope) -> Rope:
     """The same angles with pairs of length one: some models fold a factor on the attention into the table."""
     cos, sin = rope.cos_sin.float().chunk(2, dim=-1)
     return Rope(rope.cos_sin.float() / torch.hypot(cos, sin).repeat(1, 2), rope.is_neox)
-
-
-def read_rope(model) -> Rope:
-    """The rotary embedding of a Hugging Face causal LM, on the model's device.
-
-    Raises:
-        ValueError: it has none that is the same in all layers.
-    """
-    module: Any = getattr(model.get_decoder(), "rotary_emb", None)
-    if not isinstance(getattr(module, "inv_freq", None), torch.Tensor):
-        raise ValueError(f"model class {type(model).__name__} has no one rotary embedding; the consolidation needs it")
-    positions = torch.arange(model.config.max_position_embeddings, device=module.inv_freq.device)
-    angles = positions[:, None].float() * module.inv_freq.float()
-    return Rope(torch.cat([angles.cos(), angles.sin()], -1) * module.attention_scaling, True)
 
 
 def _pairs(x: torch.Tensor, is_neox: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,8 +22,8 @@ if not torch.cuda.is_available():
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.server import Server
 from sglang_metasoft.entry_scorer import EntryScorer
+from sglang_metasoft.hf.shape import read_shape
 from sglang_metasoft.soft_tokens import SoftTokens
-from sglang_metasoft.types import ModelShape
 from tests.server.forked import start as start_one
 
 DEMO_FOLDER = Path(os.environ.get("METASOFT_DEMO_DIR", Path(__file__).parents[1] / ".demo"))
@@ -92,11 +92,7 @@ def compressor_dir(model_dir, tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    cfg = model.config
-    shape = ModelShape(
-        str(model_dir), cfg.vocab_size, cfg.hidden_size, cfg.num_hidden_layers,
-        cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim,
-    )  # fmt: skip
+    shape = read_shape(model_dir)
     table = model.get_input_embeddings()
     soft = SoftTokens.untrained(shape, 16, lambda ids: table(ids).detach(), torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)

@@ -3,21 +3,13 @@
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
+from sglang_metasoft.hf.shape import shape_of
 from sglang_metasoft.types import ModelShape
 
 
 def model_shape(model_config) -> ModelShape:
     """The served model, as a compressor knows it."""
-    text = model_config.hf_text_config
-    return ModelShape(
-        name=str(model_config.model_path),
-        vocab_size=model_config.vocab_size,
-        hidden_size=model_config.hidden_size,
-        num_layers=model_config.num_hidden_layers,
-        num_heads=model_config.num_attention_heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or model_config.num_attention_heads,
-        head_dim=model_config.head_dim,
-    )
+    return shape_of(model_config.hf_text_config, str(model_config.model_path))
 
 
 def attention_layers(model) -> list[RadixAttention]:

@@ -14,7 +14,7 @@ from metasoft_patches.machine_checks import Check
 from sglang_metasoft import compat
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.estimate import fit_compressed, fit_raw
-from sglang_metasoft.hf_shape import kv_bytes_per_entry, read_config, read_shape
+from sglang_metasoft.hf.shape import kv_bytes_per_entry, read_config, read_shape
 from sglang_metasoft.soft_tokens import check_compressor
 from sglang_metasoft.types import ModelShape
 

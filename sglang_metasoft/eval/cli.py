@@ -118,13 +118,13 @@ def _eval_hf(args: argparse.Namespace) -> None:
     import torch
 
     from sglang_metasoft.eval.hf import HFRunner, MethodSpec
-    from sglang_metasoft.eval.hf_model import HFModel
     from sglang_metasoft.eval.records import Store
+    from sglang_metasoft.hf.model import HFModel
 
     find_tasks(args.tasks)
     specs = [MethodSpec.parse(text) for text in args.methods]
     store = Store(args.output)
-    model = HFModel(args.model, getattr(torch, args.dtype), torch.device(args.device))
+    model = HFModel(args.model, torch.device(args.device), getattr(torch, args.dtype))
     ratios = [ratio for ratio in args.ratios if ratio != 1]
     runner = HFRunner(model, specs, ratios, args.modes, store)
     runner.run(make_cases(args, model.tokenizer))

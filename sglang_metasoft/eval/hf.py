@@ -1,6 +1,6 @@
 """Answers of a Hugging Face model in process: one prefill a case, every method and ratio compresses that cache.
 
-The stages are the server's own (:func:`sglang_metasoft.pipeline.compress_layer` over a pool made of the cache), so the
+The stages are the server's own (:mod:`sglang_metasoft.hf.compress`), so the
 numbers are those of a server, several times cheaper: the prompt is computed once, and all compressed caches of a case
 decode as one batch.
 """
@@ -11,21 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from sglang_metasoft.config import MetaSoftConfig, read_config_json
 from sglang_metasoft.eval.case import Case, Rendered, render
-from sglang_metasoft.eval.hf_model import Batch, HFModel, LayerKV, Prefilled, generate
 from sglang_metasoft.eval.metrics import PERPLEXITY
 from sglang_metasoft.eval.oracle import Oracle
 from sglang_metasoft.eval.records import FULL, Store, is_settled, make_key, make_record
 from sglang_metasoft.eval.variants import VARIANTS
+from sglang_metasoft.hf.cache import Batch, generate, joined
+from sglang_metasoft.hf.compress import compress, probe_of
+from sglang_metasoft.hf.model import HFModel, LayerKV, Prefilled
 from sglang_metasoft.methods import load_method
-from sglang_metasoft.pipeline import compress_layer
 from sglang_metasoft.policy import plan_span
-from sglang_metasoft.probe import make_probe
-from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
+from sglang_metasoft.types import MergedKV, Plan
 
 USAGE = "NAME[+CONSOLIDATION][:SETTING=VALUE,...][@PATH]"
 NAMED_PARTS = ("method", "consolidation", "path")
@@ -79,7 +78,7 @@ class Compressor:
 
     def compress(
         self, entries: list[LayerKV], ids: list[int], plans: list[Plan], answer_ids: list[int]
-    ) -> list[list[LayerKV]]:
+    ) -> list[list[MergedKV]]:
         """Compress a prompt's span as each plan says; all plans have the same span.
 
         Args:
@@ -90,37 +89,11 @@ class Compressor:
         Returns:
             For each plan and layer the consolidated entries ``[B, G, d]``.
         """
-        device, span = self.model.device, plans[0].span_tokens
-        end = span if plans[0].ends_at_boundary else len(ids)
-        all_ids = torch.tensor(ids, device=device)
         if isinstance(self.method, Oracle):
-            self.method.observe(ids[span:], answer_ids)
-        prompt = Prompt(all_ids[:span], all_ids[span:end], context_slots=end, context_tokens=end)
-        probe = make_probe(self.method, prompt)
-        slots = torch.arange(len(ids), device=device)
-        jobs = [
-            Job(plan, probe, slots[: probe.context_slots], slots[:span], slots[: plan.kept_slots]) for plan in plans
-        ]
-        kept: list[list[LayerKV]] = [[] for _ in plans]
-
-        def attend(layer, q, k, v, scale):
-            pool = LayerPool(entries[layer].key, entries[layer].value, scale, 1.0, 1.0)
-            heads = [tensor[0].transpose(0, 1) for tensor in (q, k, v)]
-            gate = self.method.gate_scale(layer, 0, self.model.shape.num_kv_heads)
-            for job, result in zip(jobs, kept, strict=True):
-                out, _, merged, _ = compress_layer(job, *heads, pool, self.method, gate, layer)
-                result.append(LayerKV(merged.key, merged.value))
-            return out.transpose(0, 1)[None]
-
-        positions = self._positions(probe)
-        self.model.run(probe.embeds.to(entries[0].key.dtype)[None], positions[None], attend)
-        return kept
-
-    def _positions(self, probe: Probe) -> torch.Tensor:
-        tokens = probe.embeds.shape[0]
-        last = self.model.model.config.max_position_embeddings - tokens
-        start = max(0, min(probe.first_position, last))
-        return torch.arange(start, start + tokens, device=self.model.device)
+            self.method.observe(ids[plans[0].span_tokens :], answer_ids)
+        probe = probe_of(self.model, ids, plans[0], self.method)
+        results = compress(self.model, entries, probe, plans, self.method)
+        return [[merged for _, merged in layers] for layers in results]
 
 
 class HFRunner:
@@ -195,9 +168,7 @@ class HFRunner:
             if plans:
                 span = next(iter(plans.values())).span_tokens
                 for row in compressor.compress(prefilled.layers, prompt.ids, list(plans.values()), answer_ids):
-                    rows.append(
-                        [_with_raw(kept, raw, span, end) for kept, raw in zip(row, prefilled.layers, strict=True)]
-                    )
+                    rows.append([joined(kept, raw, span, end) for kept, raw in zip(row, prefilled.layers, strict=True)])
                 labels += [(compressor.spec.label, ratio) for ratio in plans]
         if not rows:
             return
@@ -216,28 +187,22 @@ class HFRunner:
     def _continue(self, case, turn, rows, prompt: Rendered, cut: int, prefilled: Prefilled) -> list[dict]:
         """Run what follows the first ``cut`` tokens over each row, then decode (or score a book's tokens)."""
         feed = prompt.ids[cut:]
+        if case.metric == PERPLEXITY:
+            return [{"logprobs": self._logprobs(row, feed, cut)} for row in rows]
         batch = Batch(self.model, rows, len(feed) + case.max_new_tokens)
         if feed:
-            ids = torch.tensor(feed, device=self.model.device).expand(len(rows), -1)
-            hidden = batch.extend(ids, cut)
-            if case.metric == PERPLEXITY:
-                return [{"logprobs": self._logprobs(row, feed)} for row in hidden]
-            first = self.model.logits(hidden[:, -1]).argmax(-1)
+            ids = self.model.tensor(feed).expand(len(rows), -1)
+            first = batch.extend(ids, cut, last=1)[:, -1].argmax(-1).tolist()
         else:
-            first = prefilled.logits.argmax(-1).expand(len(rows))
-        texts = generate(batch, first, len(prompt.ids), case.max_new_tokens, partial(is_settled, case, turn))
-        return [{"prediction": text} for text in texts]
+            first = [prefilled.logits.argmax().item()] * len(rows)
+        answers = generate(batch, first, len(prompt.ids), case.max_new_tokens, partial(is_settled, case, turn))
+        return [{"prediction": self.model.tokenizer.decode(ids, skip_special_tokens=True)} for ids in answers]
 
-    def _logprobs(self, hidden: torch.Tensor, ids: list[int]) -> list[float]:
+    def _logprobs(self, row: list[LayerKV], ids: list[int], position: int) -> list[float]:
         """Log-probability of each token after the first."""
-        logprobs = self.model.logits(hidden[:-1]).log_softmax(-1)
-        return logprobs.gather(1, torch.tensor(ids[1:], device=hidden.device)[:, None])[:, 0].tolist()
+        logits = Batch(self.model, [row], len(ids)).extend(self.model.tensor([ids]), position)[0, :-1]
+        return logits.log_softmax(-1).gather(1, self.model.tensor(ids[1:])[:, None])[:, 0].tolist()
 
     def _add(self, case, turn, mode, label, ratio, prompt: Rendered, entries: int, fields: dict) -> None:
         fields = fields | {"prompt_tokens": len(prompt.ids), "kv_tokens": entries, "runner": "hf"}
         self.store.add(make_record(case, turn, mode, label, ratio, model=Path(self.model.shape.name).name, **fields))
-
-
-def _with_raw(kept: LayerKV, raw: LayerKV, start: int, end: int) -> LayerKV:
-    """A layer's consolidated entries, and the raw ones of the prompt's tokens from ``start`` to ``end`` after them."""
-    return LayerKV(torch.cat([kept.key, raw.key[start:end]]), torch.cat([kept.value, raw.value[start:end]]))

@@ -89,9 +89,10 @@ def _open_draft(output: Path):
 
 def _make_page(args: argparse.Namespace, config: MetaSoftConfig, ratios: list[float]) -> bytes:
     from sglang_metasoft.demo import model as demo_model
-    from sglang_metasoft.hf_shape import read_shape
+    from sglang_metasoft.hf.model import load_tokenizer
+    from sglang_metasoft.hf.shape import context_tokens, read_config, read_shape
     from sglang_metasoft.inspect.inspection import check_lengths, inspect
-    from sglang_metasoft.inspect.model import InspectedModel, context_tokens, load_tokenizer
+    from sglang_metasoft.inspect.model import InspectedModel
     from sglang_metasoft.inspect.page import render
     from sglang_metasoft.inspect.prompt import read_prompt
     from sglang_metasoft.soft_tokens import check_compressor
@@ -99,7 +100,7 @@ def _make_page(args: argparse.Namespace, config: MetaSoftConfig, ratios: list[fl
     folder = args.model_path or demo_model.prepare(DEMO_MODEL)
     shape, tokenizer = read_shape(folder), load_tokenizer(folder)
     prompt = read_prompt(args.prompt, args.question, tokenizer)
-    limit = context_tokens(folder)
+    limit = context_tokens(read_config(folder))
     check_lengths(prompt, config, ratios, limit and limit - args.max_new_tokens)
     if config.path is not None:
         check_compressor(config.path, shape)

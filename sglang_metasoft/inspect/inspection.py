@@ -88,7 +88,7 @@ def inspect(
     for ratio in ratios:
         progress(f"compression and answer at ratio {ratio:g}")
         plan = _plan(config, count, ratio)
-        layers = model.compress(cache, prompt.ids, plan, method, config)
+        layers = model.compress(cache, prompt.ids, plan, method)
         if rank is None:
             importance = torch.cat([layer.importance for layer in layers]).cpu()
             rank = _rank(importance, plan.sink_tokens)

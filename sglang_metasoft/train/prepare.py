@@ -96,23 +96,23 @@ def _share(attention: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def prepare(backbone: Backbone, case: Case, max_answer_tokens: int) -> Prepared:
     """Run the model over a case; answers that the case leaves open are generated greedily."""
-    prefix = backbone.prefill(case.prefix)
+    prefix = Layers.of(backbone.prefill(case.prefix).layers)
     length = len(case.prefix)
     tensors = {"keys": _stacked(prefix, 0), "values": _stacked(prefix, 1)}
     answers = []
     for number, (question, answer) in enumerate(zip(case.questions, case.answers, strict=True)):
         if answer is None:
-            answer = backbone.generate(prefix, question, max_answer_tokens)
+            answer = backbone.answer(prefix, question, max_answer_tokens)
         answer = answer[:max_answer_tokens] or [backbone.tokenizer.eos_token_id]
         answers.append(answer)
         rows = question + answer[:-1]
         asked = torch.arange(len(rows), device=backbone.device) < len(question) - 1
         watch = Watch(length, torch.stack([asked, ~asked]))
-        _, cache = backbone.rows(backbone.tensor(rows), prefix, watch)
-        seen = slice(0, length + len(question))
-        maps = torch.stack(watch.means)[..., seen]  # [layers, 2, G, C + q]
+        _, seen = backbone.rows(backbone.tensor(rows), prefix, watch)
+        end = length + len(question)
+        maps = torch.stack(watch.means)[..., :end]  # [layers, 2, G, C + q]
         tensors |= {f"asked.{number}": maps[:, 0], f"answered.{number}": maps[:, 1]}
-        tail = Layers((k[:, length : seen.stop], v[:, length : seen.stop]) for k, v in Layers.of(cache))
+        tail = Layers((k[:, length:end], v[:, length:end]) for k, v in seen)
         tensors |= {f"keys.{number}": _stacked(tail, 0), f"values.{number}": _stacked(tail, 1)}
     if case.repeat_request:
         rows = case.repeat_request + case.prefix[case.repeat_from :]

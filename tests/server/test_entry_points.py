@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sglang_metasoft.demo.server import ServerFailed
+from sglang_metasoft.hf.shape import read_shape
 from sglang_metasoft.soft_tokens import SoftTokens
-from sglang_metasoft.types import ModelShape
 from tests.server.forked import start
 
 pytestmark = pytest.mark.server
@@ -62,15 +62,9 @@ def test_a_wrong_start_fails_in_one_clear_sentence(model_dir, tmp_path, flags, w
 
 
 def test_a_truncated_compressor_fails_before_the_model_loads(model_dir, tmp_path):
-    from transformers import AutoConfig
-
-    cfg = AutoConfig.from_pretrained(model_dir)
-    shape = ModelShape(
-        str(model_dir), cfg.vocab_size, cfg.hidden_size, cfg.num_hidden_layers,
-        cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim,
-    )  # fmt: skip
+    shape = read_shape(model_dir)
     folder = tmp_path / "compressor"
-    SoftTokens(cfg.hidden_size, 64, 8, cfg.num_hidden_layers, cfg.num_key_value_heads).save(folder, shape)
+    SoftTokens(shape.hidden_size, 64, 8, shape.num_layers, shape.num_kv_heads).save(folder, shape)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     words = f"metasoft path: '{folder}': model.safetensors cannot be read: "

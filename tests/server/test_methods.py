@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS
+from sglang_metasoft.hf.shape import read_shape
 from sglang_metasoft.static_tokens import StaticTokens
-from sglang_metasoft.types import ModelShape
 from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
 
 pytestmark = pytest.mark.server
@@ -26,11 +26,7 @@ def static_dir(model_dir, tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    cfg = model.config
-    shape = ModelShape(
-        str(model_dir), cfg.vocab_size, cfg.hidden_size, cfg.num_hidden_layers,
-        cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim,
-    )  # fmt: skip
+    shape = read_shape(model_dir)
     table = model.get_input_embeddings().weight.detach()
     folder = tmp_path_factory.mktemp("static")
     StaticTokens(table[1000:1032].clone()).save(folder, shape, lambda ids: table[ids])

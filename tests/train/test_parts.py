@@ -19,7 +19,7 @@ from sglang_metasoft.entry_scorer import EntryScorer
 from sglang_metasoft.methods.metasoft import MetaSoft
 from sglang_metasoft.train import key_bias
 from sglang_metasoft.train.attention import Probing, Watch
-from sglang_metasoft.train.backbone import Backbone
+from sglang_metasoft.train.backbone import Backbone, Layers
 from sglang_metasoft.train.dataset import Dataset
 from sglang_metasoft.train.generators import GENERATORS
 from sglang_metasoft.train.objective import losses
@@ -75,7 +75,7 @@ def test_repetition_is_the_largest_attention_of_any_row_and_head(backbone, case,
 
 
 def test_rows_over_a_context_are_the_rows_of_the_whole(backbone, case):
-    context = backbone.prefill(case.prefix)
+    context = Layers.of(backbone.prefill(case.prefix).layers)
     logits, _ = backbone.rows(backbone.tensor(case.questions[0]), context, logits=True)
     whole, _ = backbone.rows(backbone.tensor(case.prefix + case.questions[0]), None, logits=True)
     torch.testing.assert_close(logits, whole[len(case.prefix) :], atol=1e-4, rtol=1e-4)

@@ -239,7 +239,7 @@ def test_the_command_names_what_is_wrong(capsys, tmp_path, tiny_model, corpus):
     assert "soft_tokens: 0 is not allowed; allowed: at least 1" in run("--soft-tokens", "0")
     assert "steps: 0 is not allowed; allowed: at least 1" in run("--steps", "0")
     assert "ratios: 1.0 is not allowed; allowed: one number above 1" in run("--ratios", "4", "1")
-    assert "'/no/such' is not a causal language model" in run("--model", "/no/such")
+    assert "'/no/such' holds no Hugging Face model" in run("--model", "/no/such")
     assert "holds no text" in run("--data", str(tmp_path))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": 3}\n')

@@ -12,8 +12,9 @@ import torch
 
 from sglang_metasoft.cli import main
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.hf.model import load_tokenizer
 from sglang_metasoft.inspect.inspection import pack
-from sglang_metasoft.inspect.model import InspectedModel, load_tokenizer
+from sglang_metasoft.inspect.model import InspectedModel
 from sglang_metasoft.inspect.page import script_json
 from sglang_metasoft.inspect.prompt import read_prompt
 from sglang_metasoft.policy import plan_span
@@ -99,7 +100,7 @@ def test_ratio_one_gives_the_raw_answer(model, prefilled):
     ids, cache, first = prefilled
     config = MetaSoftConfig(ratio=1)
     plan = plan_span(config, prompt_tokens=len(ids), page_size=1)
-    layers = model.compress(cache, ids, plan, model.make_method(config), config)
+    layers = model.compress(cache, ids, plan, model.make_method(config))
     plain = model.answer(cache, len(ids), first, 8, None)
     same = model.answer(model.compressed_cache(cache, plan, layers), len(ids), first, 8, plain.ids)
     assert same.ids == plain.ids and same.score == pytest.approx(plain.score, abs=1e-4)
@@ -112,16 +113,17 @@ def test_stages_see_the_attention_that_the_model_computes(model, prefilled, name
     config = MetaSoftConfig(method=name, pool_kernel=1)
     plan = plan_span(config, prompt_tokens=len(ids), page_size=1)
     method = model.make_method(config)
-    layers = model.compress(cache, ids, plan, method, config)
+    layers = model.compress(cache, ids, plan, method)
     span, tail = torch.tensor(ids[: plan.span_tokens]), torch.tensor(ids[plan.span_tokens :])
     embed = model.model.get_input_embeddings()
     start = len(ids) if name == "metasoft" else plan.span_tokens
     probe = method.soft_tokens(lambda i: embed(i).detach(), span, tail) if name == "metasoft" else embed(tail)
     whole = torch.cat([embed(torch.tensor(ids[:start])), probe]).detach()
+    replaced = model.model.config._attn_implementation
     model.model.set_attn_implementation("eager")
     with torch.no_grad():
         maps = model.model(inputs_embeds=whole[None], output_attentions=True).attentions
-    model.model.set_attn_implementation("sdpa")
+    model.model.set_attn_implementation(replaced)
     for layer in (0, len(layers) - 1):
         attention = maps[layer][0, :, start:, : plan.span_tokens]
         expected = attention.reshape(3, -1, *attention.shape[1:]).mean(dim=(1, 2))
@@ -136,8 +138,8 @@ def test_a_sliding_window_is_refused(model, prefilled, monkeypatch):
     attention = module.LlamaAttention.forward
     windowed = functools.partialmethod(attention, sliding_window=9)
     monkeypatch.setattr(module.LlamaAttention, "forward", windowed)
-    with pytest.raises(ValueError, match="layer 0 has sliding_window; inspect takes models with plain causal"):
-        model.compress(cache, ids, plan, model.make_method(config), config)
+    with pytest.raises(ValueError, match="plain causal attention in every layer; layer 0 has sliding_window"):
+        model.compress(cache, ids, plan, model.make_method(config))
 
 
 def test_data_in_a_script_element_cannot_end_it():

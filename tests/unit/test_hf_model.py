@@ -1,0 +1,161 @@
+"""The Hugging Face model that evaluation, inspection and training share, against transformers' own eager attention."""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.hf.cache import Batch, generate
+from sglang_metasoft.hf.compress import compress, probe_of
+from sglang_metasoft.hf.model import PREFILL_CHUNK_TOKENS, HFModel, LayerKV
+from sglang_metasoft.hf.shape import read_shape
+from sglang_metasoft.inspect.model import InspectedModel
+from sglang_metasoft.methods import load_method
+from sglang_metasoft.policy import plan_span
+from sglang_metasoft.train.backbone import Backbone, Layers
+from sglang_metasoft.types import ModelShape
+
+CPU = torch.device("cpu")
+PROMPT_TOKENS, LATER_TOKENS = PREFILL_CHUNK_TOKENS + 76, 9
+SIZES = dict(
+    vocab_size=49152, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    max_position_embeddings=2048, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+GROUPED = SIZES | dict(num_key_value_heads=2, head_dim=12)
+MODELS = {
+    "Llama": GROUPED,
+    # Embeddings, attention and logits each have a factor of their own.
+    "Granite": GROUPED
+    | dict(logits_scaling=8.0, embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5),
+    "GPTNeoX": SIZES | dict(rotary_pct=0.5),  # as many KV heads as query heads, half of each turned
+}
+
+
+@pytest.fixture(scope="module")
+def make_model(tokenizer, tmp_path_factory):
+    """Write a tiny model of a class of transformers to a folder."""
+
+    def make(name: str, **sizes):
+        torch.manual_seed(7)
+        folder = tmp_path_factory.mktemp(name) / name
+        config = getattr(transformers, f"{name}Config")(**sizes)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, make_model):
+    return make_model(request.param, **MODELS[request.param])
+
+
+def test_three_users_have_the_entries_and_logits_that_transformers_computes(folder, document_ids, tokenizer):
+    prompt, later = document_ids[:PROMPT_TOKENS], document_ids[PROMPT_TOKENS : PROMPT_TOKENS + LATER_TOKENS]
+    eager, cache = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"), DynamicCache()
+    with torch.no_grad():
+        logits = eager(torch.tensor([prompt]), past_key_values=cache).logits[0, -1]
+        # A copy of a layer's tensors: the cache goes on.
+        entries = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers]
+        more = eager(torch.tensor([later]), past_key_values=cache).logits[0]
+    evaluated, backbone = HFModel(folder, CPU, torch.float32), Backbone(str(folder), CPU, torch.float32)
+    inspected = InspectedModel(folder, tokenizer)
+    close = dict(atol=1e-4, rtol=1e-4)
+    for model in (evaluated, inspected, backbone):
+        layers, last = model.prefill(prompt)
+        for ours, theirs in zip(Layers.of(layers), entries, strict=True):
+            for mine, own in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(mine, own, **close)
+        torch.testing.assert_close(last, logits, **close)
+    batch = Batch(evaluated, [layers] * 2, LATER_TOKENS)
+    for row in batch.extend(torch.tensor([later] * 2), PROMPT_TOKENS):
+        torch.testing.assert_close(row, more, **close)
+    rows, seen = backbone.rows(backbone.tensor(later), Layers.of(layers), logits=True)
+    torch.testing.assert_close(rows, more, **close)
+    torch.testing.assert_close(seen[1][0], cache.layers[1].keys[0], **close)
+    score = inspected.answer(layers, PROMPT_TOKENS, last, 1, later).score
+    logprobs = torch.cat([logits[None], more[:-1]]).log_softmax(-1)
+    assert score == pytest.approx(logprobs[range(LATER_TOKENS), later].mean().item(), abs=1e-4)
+
+
+def test_greedy_answers_are_those_of_transformers(folder, document_ids, tokenizer):
+    """Of prompts of different lengths in one batch, and as inspection and training ask for them."""
+    evaluated, backbone = HFModel(folder, CPU, torch.float32), Backbone(str(folder), CPU, torch.float32)
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    ids = document_ids[:40]
+    whole = eager.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False)[0, len(ids) :].tolist()
+    layers, last = evaluated.prefill(ids)
+    shorter = [LayerKV(kv.key[:20], kv.value[:20]) for kv in layers]
+    first = int(last.argmax())
+    answers = generate(Batch(evaluated, [shorter, layers], 6), [first, first], len(ids), 6)
+    assert answers[1] == whole != answers[0]
+    assert InspectedModel(folder, tokenizer).answer(layers, len(ids), last, 6, None).ids == whole
+    context = Layers.of(backbone.prefill(ids[:-3]).layers)
+    assert backbone.answer(context, ids[-3:], 6) == whole
+
+
+def test_the_shape_is_that_of_the_loaded_model(folder):
+    model = HFModel(folder, CPU, torch.float32)
+    groups = 4 if folder.name == "GPTNeoX" else 2
+    assert read_shape(folder) == model.shape == ModelShape(str(folder), 49152, 48, 2, 4, groups, 12)
+    assert model.prefill([5, 6, 7]).layers[1].key.shape == (3, groups, 12)
+
+
+def test_gradients_reach_embeddings_and_never_weights(folder):
+    model = HFModel(folder, CPU, torch.float32)
+    context = Layers.of(model.prefill([5, 6, 7]).layers)
+    soft = torch.randn(2, 48, requires_grad=True)
+    hidden, _ = Backbone(str(folder), CPU, torch.float32).rows(soft, context)
+    hidden.square().sum().backward()
+    assert soft.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in model.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "words"),
+    [
+        ("Gemma2", GROUPED, "it has layers of kind .*sliding_attention"),
+        ("Gemma2", GROUPED | dict(layer_types=["full_attention"] * 2), "layer 0 has softcap"),
+        ("Mistral", GROUPED | dict(sliding_window=9), "layer 0 has sliding_window"),
+        (
+            "GptOss",
+            GROUPED | dict(layer_types=["full_attention"] * 2, num_local_experts=2, num_experts_per_tok=1),
+            "layer 0 has s_aux",
+        ),
+        ("Bloom", dict(vocab_size=49152, hidden_size=48, n_layer=2, n_head=4), "0 such layers found, 2 expected"),
+        ("Mamba", dict(vocab_size=49152, hidden_size=48, num_hidden_layers=2), "has no plain attention heads"),
+    ],
+)
+def test_a_model_without_plain_causal_attention_is_refused(make_model, name, sizes, words):
+    folder = make_model(name, **sizes)
+    with pytest.raises(ValueError, match=f"model path: '{folder}'.*{words}"):
+        HFModel(folder, CPU, torch.float32).prefill([5, 6, 7])
+
+
+def test_what_cannot_be_loaded_is_named(make_model, tmp_path):
+    folder = make_model("Llama", **GROUPED)
+    with pytest.raises(ValueError, match=f"model path: '{tmp_path}' holds no Hugging Face model"):
+        HFModel(tmp_path, CPU, torch.float32)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"model path: '{folder}' cannot be loaded"):
+        HFModel(folder, CPU, torch.float32)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=f"model path: '{folder}' has no tokenizer that can be loaded"):
+        HFModel(folder, CPU, torch.float32)
+
+
+def test_near_the_longest_text_the_probe_slides_back(make_model, document_ids):
+    """GPT-2 has a table of positions: a probe past its end would be an error."""
+    folder = make_model("GPT2", vocab_size=49152, n_embd=48, n_layer=2, n_head=4, n_positions=640)
+    model, config = HFModel(folder, CPU, torch.float32), MetaSoftConfig()
+    ids = document_ids[:636]
+    plan = plan_span(config, prompt_tokens=len(ids), page_size=1)
+    method = load_method("metasoft")(config, model.shape, model.embed, CPU)
+    probe = probe_of(model, ids, plan, method)
+    assert probe.first_position + len(probe.embeds) > 640
+    ((_, (routes, merged)),) = compress(model, model.prefill(ids).layers, probe, [plan], method)
+    assert routes.kept.shape == (4, plan.kept_slots) and merged.value.isfinite().all()

@@ -150,8 +150,8 @@ class HFModel:
         size = len(ids), self.shape.num_kv_heads, self.shape.head_dim
         empty = torch.empty(2, self.shape.num_layers, *size, dtype=self.dtype, device=self.device)
         layers = [LayerKV(key, value) for key, value in zip(*empty, strict=True)]
-        for start, chunk in enumerate(self.tensor(ids).split(PREFILL_CHUNK_TOKENS)):
-            logits = self._prefill_chunk(layers, chunk, start * PREFILL_CHUNK_TOKENS)
+        for number, chunk in enumerate(self.tensor(ids).split(PREFILL_CHUNK_TOKENS)):
+            logits = self._prefill_chunk(layers, chunk, number * PREFILL_CHUNK_TOKENS)
         return Prefilled(layers, logits)
 
     def _prefill_chunk(self, layers: list[LayerKV], ids: torch.Tensor, start: int) -> torch.Tensor:

@@ -125,13 +125,19 @@ def test_gradients_reach_embeddings_and_never_weights(folder):
             "layer 0 has s_aux",
         ),
         ("Bloom", dict(vocab_size=49152, hidden_size=48, n_layer=2, n_head=4), "0 such layers found, 2 expected"),
-        ("Mamba", dict(vocab_size=49152, hidden_size=48, num_hidden_layers=2), "has no plain attention heads"),
     ],
 )
 def test_a_model_without_plain_causal_attention_is_refused(make_model, name, sizes, words):
     folder = make_model(name, **sizes)
     with pytest.raises(ValueError, match=f"model path: '{folder}'.*{words}"):
         HFModel(folder, CPU, torch.float32).prefill([5, 6, 7])
+
+
+def test_a_model_without_attention_is_refused_by_its_configuration(tmp_path):
+    transformers.MambaConfig(vocab_size=49152, hidden_size=48, num_hidden_layers=2).save_pretrained(tmp_path)
+    for read in (read_shape, lambda folder: HFModel(folder, CPU, torch.float32)):
+        with pytest.raises(ValueError, match=f"model path: '{tmp_path}' .MambaConfig. has no plain attention heads"):
+            read(tmp_path)
 
 
 def test_what_cannot_be_loaded_is_named(make_model, tmp_path):

@@ -69,13 +69,13 @@ def plot(result: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 3.2), layout="constrained")
-    for name, label, colour in (
+    for name, label, color in (
         ("during_prefill", "--enable-metasoft --metasoft-during-prefill, ratio 4", "#7fb3d9"),
         ("metasoft", "--enable-metasoft, ratio 4", "#1668a8"),
         ("plain", "plain SGLang", "#8a8a8a"),
     ):
         seconds, running, _ = zip(*result[name]["series"], strict=True)
-        axes.step(seconds, running, where="post", label=label, color=colour, linewidth=1.8)
+        axes.step(seconds, running, where="post", label=label, color=color, linewidth=1.8)
     pool = result["plain"]["pool_tokens"]
     axes.set(
         xlabel="seconds",

@@ -1,7 +1,7 @@
 """Keep the raw span of a compressed prompt as first-to-evict nodes, or free it at once? (``--metasoft-keep-raw``)
 
 Two workloads, each in a tight and in an ample pool: several long questions about each of a few documents (a second
-question can hit the raw document only), and chats of three turns (a later turn hits the compressed chain). Counted are
+question can hit the raw document only), and chats of three turns (a later turn hits the compressed prefix). Counted are
 the prompt tokens that had to be computed, and the requests that found no free slots for their compressed entries.
 
     python benchmarks/retention.py [--output retention.json]

@@ -7,9 +7,10 @@ hook of MkDocs this takes the marks out.
 import re
 from pathlib import Path
 
-from sglang_metasoft.compat import support_matrix
+from metasoft_patches.compat import support_matrix
+from metasoft_patches.metrics import metrics_table
+
 from sglang_metasoft.config import RequestOptions, settings_of
-from sglang_metasoft.metrics import metrics_table
 from sglang_metasoft.types import Bypass
 
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
+BACKEND_NAME = "metasoft"  # of the radix cache, among SGLang's
 METHODS = {  # loaded lazily by sglang_metasoft.methods.load_method
     "metasoft": "sglang_metasoft.methods.metasoft:MetaSoft",
     "judge_q": "sglang_metasoft.methods.judge_q:JudgeQ",

@@ -120,7 +120,7 @@ class LayerPool(NamedTuple):
     key: torch.Tensor  # [slots, G, d]
     value: torch.Tensor  # [slots, G, d]
     scale: float  # factor on q.k
-    key_scale: float  # what quantised entries are multiplied by on reading
+    key_scale: float  # what quantized entries are multiplied by on reading
     value_scale: float
 
 

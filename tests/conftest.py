@@ -19,11 +19,11 @@ if not torch.cuda.is_available():
         importlib.import_module(module.name)
     del os.environ["TRITON_INTERPRET"]
 
+from sglang_metasoft.compressor.entry_scorer import EntryScorer
+from sglang_metasoft.compressor.soft_tokens import SoftTokens
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.server import Server
-from sglang_metasoft.entry_scorer import EntryScorer
 from sglang_metasoft.hf.shape import read_shape
-from sglang_metasoft.soft_tokens import SoftTokens
 from tests.server.forked import start as start_one
 
 DEMO_FOLDER = Path(os.environ.get("METASOFT_DEMO_DIR", Path(__file__).parents[1] / ".demo"))
@@ -100,7 +100,7 @@ def compressor_dir(model_dir, tmp_path_factory):
     soft.sizes |= {"scorer": 8, "head_dim": shape.head_dim}
     features = soft.scorer.hidden.shape[-2]
     heads = (shape.num_layers, shape.num_kv_heads, features)
-    soft.scorer.initialise(torch.zeros(heads), torch.ones(heads), generator)
+    soft.scorer.initialize(torch.zeros(heads), torch.ones(heads), generator)
     for parameter in (soft.scorer.out, soft.scorer.neighbours):
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     soft.gate_scale.copy_(torch.rand(soft.gate_scale.shape, generator=generator))

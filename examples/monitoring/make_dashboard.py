@@ -25,7 +25,7 @@ PANELS = (  # title, unit, kind, (legend, expression)...
      ("compressed", rate("span_tokens")), ("reused, compressed", rate("reused_tokens"))),
     ("Requests by why they stayed raw", "reqps", "timeseries", ("{{bypass}}", rate("requests", "bypass"))),
     ("Share of requests that start from a compressed prefix", "percentunit", "timeseries",
-     ("hits", f"{rate('chain_hits')} / {rate('requests')}")),
+     ("hits", f"{rate('prefix_hits')} / {rate('requests')}")),
     ("Use of the pool", "percentunit", "timeseries", ("token usage", f"max(sglang:token_usage{{{BY_MODEL}}})")),
     ("Seconds of a stage, 95th percentile", "s", "timeseries",
      ("{{stage}}", "histogram_quantile(0.95, sum by (le, stage) "
@@ -33,7 +33,7 @@ PANELS = (  # title, unit, kind, (legend, expression)...
     ("Faults in the last hour", "short", "stat",
      ("{{stage}}", f"sum by (stage) (increase({M}faults_total{{{BY_MODEL}}}[1h]))")),
     ("Index of compressed prefixes", "short", "timeseries",
-     ("prefixes", f"sum({M}index_chains{{{BY_MODEL}}})"), ("tokens", f"sum({M}index_tokens{{{BY_MODEL}}})")),
+     ("prefixes", f"sum({M}index_prefixes{{{BY_MODEL}}})"), ("tokens", f"sum({M}index_tokens{{{BY_MODEL}}})")),
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ class Ragged(NamedTuple):
     lengths: tuple[int, ...]
 
     @property
-    def count(self) -> int:
+    def num_requests(self) -> int:
         return len(self.lengths)
 
     @property

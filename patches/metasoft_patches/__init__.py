@@ -7,12 +7,13 @@ def register() -> None:
     In a version that is not supported only the flags are added: each of them then says which versions are. So it is in
     a build of a supported version whose source does not fit; there they say what does not.
     """
-    from metasoft_patches import cpu_platform, frontend
-    from metasoft_patches.adapters import load_adapter
-    from metasoft_patches.contract import broken_targets
-    from metasoft_patches.install import register_hooks
-    from metasoft_patches.targets import FLAG_TARGETS
-    from sglang_metasoft.compat import is_sglang_supported, is_sglang_tested
+    from metasoft_patches import cpu as cpu_platform
+    from metasoft_patches import frontend
+    from metasoft_patches.adapter import load_adapter
+    from metasoft_patches.compat import is_sglang_supported, is_sglang_tested
+    from metasoft_patches.hooks.contract import broken_targets
+    from metasoft_patches.hooks.install import register_hooks
+    from metasoft_patches.hooks.targets import FLAG_TARGETS
 
     register_hooks(FLAG_TARGETS, frontend)
     frontend.extend_engine()
@@ -20,6 +21,6 @@ def register() -> None:
     if is_sglang_supported():
         targets = load_adapter().targets_of("frontend")
         if is_sglang_tested() or not broken_targets(targets):
-            from metasoft_patches import entry
+            from metasoft_patches.http import entry
 
             register_hooks(targets, frontend, entry, load_adapter().hooks)

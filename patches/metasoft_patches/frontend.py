@@ -10,11 +10,13 @@ import typing
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from metasoft_patches.adapters import load_adapter
-from metasoft_patches.contract import check_build
-from metasoft_patches.install import register_hooks, verify_hooks
-from sglang_metasoft import compat
+from metasoft_patches import compat
+from metasoft_patches.adapter import load_adapter
+from metasoft_patches.cache.radix import make_factory
+from metasoft_patches.hooks.contract import check_build
+from metasoft_patches.hooks.install import register_hooks, verify_hooks
 from sglang_metasoft.config import (
+    BACKEND_NAME,
     MetaSoftConfig,
     RequestOptions,
     check_config,
@@ -24,7 +26,6 @@ from sglang_metasoft.config import (
     shown,
 )
 from sglang_metasoft.methods import load_method
-from sglang_metasoft.radix import BACKEND_NAME, make_factory
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +162,8 @@ def check_server(result, server_args) -> None:
     if not config.secret:  # the record was pickled on its way to this process, which starts the schedulers
         config = dataclasses.replace(config, secret=secrets.token_hex(16))
         setattr(server_args, CARRIER, config)
-    from metasoft_patches import http
-    from metasoft_patches.model import model_shape
+    from metasoft_patches.forward.model import model_shape
+    from metasoft_patches.http import app as http
 
     adapter = load_adapter()
     verify_hooks(adapter.targets_of("flags", "frontend"))

@@ -1,11 +1,50 @@
-"""Keeps the metrics of one scheduler process; which there are says :mod:`sglang_metasoft.metrics`."""
+"""What a compressing server counts: the Prometheus metrics beside SGLang's own at ``/metrics``, and their keeper."""
 
 import time
+from typing import NamedTuple
 
-from sglang_metasoft.metrics import BUCKETS_SECONDS, METRICS, PREFIX
 from sglang_metasoft.types import Plan
 
 GAUGE_INTERVAL_SECONDS = 1.0
+PREFIX = "sglang:metasoft_"
+
+
+class Metric(NamedTuple):
+    """One metric. A counter's name ends in ``_total`` at ``/metrics``."""
+
+    name: str  # without the prefix
+    kind: str  # counter, gauge, histogram
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()  # beside SGLang's own
+
+
+METRICS = (
+    Metric("spans", "counter", "spans", "Spans compressed."),
+    Metric("span_tokens", "counter", "tokens", "Prompt tokens compressed."),
+    Metric("kept_slots", "counter", "slots", "KV entries that compressed spans became."),
+    Metric("saved_slots", "counter", "slots", "KV pool slots saved by compression."),
+    Metric("requests", "counter", "requests", "Finished requests, by why they were not compressed.", ("bypass",)),
+    Metric("prefix_hits", "counter", "requests", "Requests that started from an already compressed prefix."),
+    Metric("reused_tokens", "counter", "tokens", "Prompt tokens that came from compressed prefixes."),
+    Metric("faults", "counter", "faults", "Compressions given up, by the stage that failed.", ("stage",)),
+    Metric("saved_slots_now", "gauge", "slots", "Slots that running requests would hold more without compression."),
+    Metric("index_prefixes", "gauge", "prefixes", "Compressed prefixes that the index knows."),
+    Metric("index_tokens", "gauge", "tokens", "Prompt tokens that the index remembers."),
+    Metric("stage_seconds", "histogram", "seconds", "Time of a stage of one compression, all layers.", ("stage",)),
+)
+# Of stage_seconds: from what a small model takes on a GPU to what a long prompt takes on a CPU.
+BUCKETS_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+
+
+def metrics_table() -> str:
+    """The documentation's table, in Markdown."""
+    rows = ["| metric | type | unit | |", "|---|---|---|---|"]
+    for metric in METRICS:
+        suffix = "_total" if metric.kind == "counter" else ""
+        labels = "{" + ",".join(metric.labels) + "}" if metric.labels else ""
+        rows.append(f"| `{PREFIX}{metric.name}{suffix}{labels}` | {metric.kind} | {metric.unit} | {metric.help} |")
+    return "\n".join(rows)
 
 
 class Metrics:
@@ -47,7 +86,7 @@ class Metrics:
         """Count one finished request by its ``metasoft_*`` report."""
         reused = report["metasoft_reused_tokens"]
         self._of("reused_tokens").inc(reused)
-        self._of("chain_hits").inc(reused > 0)
+        self._of("prefix_hits").inc(reused > 0)
         self._of("requests", bypass=report.get("metasoft_bypass", "none")).inc()
 
     def fault(self, stage: str) -> None:
@@ -58,12 +97,12 @@ class Metrics:
         """Note how long a stage of one compression took, all layers."""
         self._of("stage_seconds", stage=stage).observe(seconds)
 
-    def update_gauges(self, running, chains) -> None:
+    def update_gauges(self, running, prefixes) -> None:
         """Set the gauges, at most once a second, and at once when the last request has ended.
 
         Args:
             running: requests that decode.
-            chains: the index of compressed prefixes.
+            prefixes: the index of compressed prefixes.
         """
         now, has_ended = time.monotonic(), bool(self._saved_slots and not running)
         if now < self._gauges_due and not has_ended:
@@ -72,5 +111,5 @@ class Metrics:
         states = (getattr(req, "metasoft", None) for req in running)
         self._saved_slots = sum(state.offset for state in states if state is not None)
         self._of("saved_slots_now").set(self._saved_slots)
-        self._of("index_chains").set(len(chains))
-        self._of("index_tokens").set(chains.num_tokens)
+        self._of("index_prefixes").set(len(prefixes))
+        self._of("index_tokens").set(prefixes.num_tokens)

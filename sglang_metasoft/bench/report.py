@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-COLOURS = {"plain": "#8a8a8a", "metasoft": "#1668a8"}
+COLORS = {"plain": "#8a8a8a", "metasoft": "#1668a8"}
 
 
 def pairs(result: dict) -> list[tuple[dict, dict]]:
@@ -96,7 +96,7 @@ def plot(result: dict, path: Path) -> None:
     for one, pair in zip(axes.flat, found, strict=False):
         for record in pair:
             seconds, running = [row[0] for row in record["series"]], [row[1] for row in record["series"]]
-            one.step(seconds, running, where="post", label=record["system"], color=COLOURS[record["system"]])
+            one.step(seconds, running, where="post", label=record["system"], color=COLORS[record["system"]])
         one.set(
             title=f"{record['workload']}, {record['pool']} pool", xlabel="seconds", ylabel="running", ylim=(0, None)
         )

@@ -45,11 +45,11 @@ def fit_key_directions(model: ServedModel, shape: ModelShape, device: torch.devi
     directions = []
     for queries in model.queries(ids):
         groups = max(1, queries.shape[1] * shape.num_kv_heads // shape.num_heads)
-        centre = rotate(queries.float(), rope, 0, backwards=True)[FIRST_TOKENS:]
+        center = rotate(queries.float(), rope, 0, backwards=True)[FIRST_TOKENS:]
         moment = torch.zeros(groups, shape.head_dim, shape.head_dim, device=device)
         total = moment[..., 0].clone()
         for tokens in AHEAD_TOKENS:
-            turned = rotate_all(centre, rope, tokens).unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
+            turned = rotate_all(center, rope, tokens).unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2)
             moment += turned.transpose(1, 2) @ turned
             total += turned.sum(1)
         ridge = RIDGE * moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(shape.head_dim).to(moment)

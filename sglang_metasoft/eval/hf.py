@@ -23,7 +23,7 @@ from sglang_metasoft.hf.cache import Batch, generate, joined
 from sglang_metasoft.hf.compress import compress, probe_of
 from sglang_metasoft.hf.model import HFModel, LayerKV, Prefilled
 from sglang_metasoft.methods import load_method
-from sglang_metasoft.policy import plan_span
+from sglang_metasoft.pipeline.plan import plan_span
 from sglang_metasoft.types import MergedKV, Plan
 
 USAGE = "NAME[+CONSOLIDATION][:SETTING=VALUE,...][@PATH]"

@@ -24,16 +24,16 @@ def string_match_part(prediction: str, answers: Sequence[str], details: dict) ->
     return float(any(answer.lower() in prediction.lower() for answer in answers))
 
 
-def _normalised_words(text: str) -> list[str]:
+def _normalized_words(text: str) -> list[str]:
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return ARTICLES.sub(" ", text).split()
 
 
 def qa_f1(prediction: str, answers: Sequence[str], details: dict) -> float:
-    """Best F1 of normalised words over the answers."""
+    """Best F1 of normalized words over the answers."""
 
     def one(answer: str) -> float:
-        found, wanted = _normalised_words(prediction), _normalised_words(answer)
+        found, wanted = _normalized_words(prediction), _normalized_words(answer)
         same = (Counter(found) & Counter(wanted)).total()
         return 2 * same / (len(found) + len(wanted)) if same else 0.0
 

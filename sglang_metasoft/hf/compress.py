@@ -5,8 +5,8 @@ import torch
 from sglang_metasoft.hf.model import HFModel, LayerKV
 from sglang_metasoft.hf.shape import context_tokens
 from sglang_metasoft.methods.base import Method
-from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.probe import make_probe
+from sglang_metasoft.pipeline.layer import compress_layer
+from sglang_metasoft.pipeline.probe import make_probe
 from sglang_metasoft.types import Job, LayerPool, MergedKV, Plan, Probe, Prompt, Routes
 
 

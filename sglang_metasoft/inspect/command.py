@@ -88,6 +88,7 @@ def _open_draft(output: Path):
 
 
 def _make_page(args: argparse.Namespace, config: MetaSoftConfig, ratios: list[float]) -> bytes:
+    from sglang_metasoft.compressor.files import check_compressor
     from sglang_metasoft.demo import model as demo_model
     from sglang_metasoft.hf.model import load_tokenizer
     from sglang_metasoft.hf.shape import context_tokens, read_config, read_shape
@@ -95,7 +96,6 @@ def _make_page(args: argparse.Namespace, config: MetaSoftConfig, ratios: list[fl
     from sglang_metasoft.inspect.model import InspectedModel
     from sglang_metasoft.inspect.page import render
     from sglang_metasoft.inspect.prompt import read_prompt
-    from sglang_metasoft.soft_tokens import check_compressor
 
     folder = args.model_path or demo_model.prepare(DEMO_MODEL)
     shape, tokenizer = read_shape(folder), load_tokenizer(folder)

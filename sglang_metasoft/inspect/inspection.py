@@ -9,7 +9,7 @@ import torch
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.inspect.model import Answer, CompressedLayer, InspectedModel
 from sglang_metasoft.inspect.prompt import InspectedPrompt
-from sglang_metasoft.policy import plan_span
+from sglang_metasoft.pipeline.plan import plan_span
 from sglang_metasoft.types import Bypass, Plan
 
 LOG2_FLOOR = -63.0  # importance below 2**-63 is shown as none

@@ -35,8 +35,8 @@ class ExpectedAttention(Method):
         queries = view.q[skipped:].float()
         queries = rotate(queries, self.rope, first + skipped, backwards=True)
         mean = queries.mean(0)  # [H, d]
-        centred = (queries - mean).transpose(0, 1)
-        covariance = centred.transpose(1, 2) @ centred / centred.shape[1]  # [H, d, d]
+        centered = (queries - mean).transpose(0, 1)
+        covariance = centered.transpose(1, 2) @ centered / centered.shape[1]  # [H, d, d]
         turn = mean_rotation(self.rope, first + t, d)
         mean, covariance = mean @ turn.t(), turn @ covariance @ turn.t()
 

@@ -1,8 +1,8 @@
 """Judge Q (arXiv 2509.10798): the same trained soft tokens probe every prompt."""
 
+from sglang_metasoft.compressor.files import check_compressor
+from sglang_metasoft.compressor.static_tokens import StaticTokens
 from sglang_metasoft.methods.base import Method
-from sglang_metasoft.soft_tokens import check_compressor
-from sglang_metasoft.static_tokens import StaticTokens
 from sglang_metasoft.types import ModelShape, Probe, Prompt
 
 

@@ -1,7 +1,8 @@
 """Meta-Soft (arXiv 2605.22337): soft tokens, composed from an orthogonal meta-library, probe the prompt."""
 
+from sglang_metasoft.compressor.files import check_compressor
+from sglang_metasoft.compressor.soft_tokens import TAIL_TOKENS, SoftTokens
 from sglang_metasoft.methods.base import Method
-from sglang_metasoft.soft_tokens import TAIL_TOKENS, SoftTokens, check_compressor
 from sglang_metasoft.types import LayerView, ModelShape, Probe, Prompt, Scores
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sglang_metasoft.soft_tokens import CHECK_ROWS, CONFIG_NAME, FORMAT, WEIGHTS_NAME
+from sglang_metasoft.compressor.files import CHECK_ROWS, CONFIG_NAME, FORMAT, WEIGHTS_NAME
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.prepare import write_atomically
-from sglang_metasoft.train.student import Dynamic, Student
+from sglang_metasoft.train.student import MetaSoftStudent, Student
 
 
 def export(student: Student, backbone: Backbone, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -22,7 +22,7 @@ def export(student: Student, backbone: Backbone, folder: Path, dtype: torch.dtyp
         ValueError: they could not be written.
     """
     shape = backbone.shape
-    if isinstance(student, Dynamic):
+    if isinstance(student, MetaSoftStudent):
         config = {"format": FORMAT, "model": shape._asdict(), "sizes": student.soft.sizes}
         tensors = student.soft.state_dict()
     else:

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from sglang_metasoft.entry_scorer import MASS_FLOOR
-from sglang_metasoft.soft_tokens import LIBRARY_ROWS, TAIL_TOKENS, SoftTokens
-from sglang_metasoft.static_tokens import StaticTokens
+from sglang_metasoft.compressor.entry_scorer import MASS_FLOOR
+from sglang_metasoft.compressor.soft_tokens import LIBRARY_ROWS, TAIL_TOKENS, SoftTokens
+from sglang_metasoft.compressor.static_tokens import StaticTokens
 from sglang_metasoft.train.attention import Probing
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.prepare import Context
@@ -36,7 +36,7 @@ class Student(nn.Module):
         return torch.stack(probing.importance)
 
 
-class Dynamic(Student):
+class MetaSoftStudent(Student):
     """Meta-library, selector and entry scorer."""
 
     def __init__(self, soft: SoftTokens) -> None:
@@ -45,7 +45,7 @@ class Dynamic(Student):
 
     @classmethod
     @torch.no_grad()
-    def create(cls, backbone: Backbone, count: int, scorer: int, features: str, seed: int) -> "Dynamic":
+    def create(cls, backbone: Backbone, count: int, scorer: int, features: str, seed: int) -> "MetaSoftStudent":
         """Library rows: the mean of the embedding table, then random rows of it, made orthonormal in this order.
 
         Each soft token starts as a row of its own plus a share of the mean. Features that the selector is not to read
@@ -76,11 +76,11 @@ class Dynamic(Student):
         return cls(soft)
 
     @classmethod
-    def load(cls, backbone: Backbone, path: str) -> "Dynamic":
+    def load(cls, backbone: Backbone, path: str) -> "MetaSoftStudent":
         """Go on from a compressor.
 
         Raises:
-            ValueError: as :meth:`sglang_metasoft.soft_tokens.SoftTokens.load`.
+            ValueError: as :meth:`sglang_metasoft.compressor.soft_tokens.SoftTokens.load`.
         """
         soft = SoftTokens.load(path, backbone.shape, backbone.embed, backbone.device)
         return cls(soft.requires_grad_(True))
@@ -96,7 +96,7 @@ class Dynamic(Student):
             sums, squares, count = sums + x.sum(-2), squares + x.square().sum(-2), count + x.shape[-2]
         mean = sums / count
         deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
-        self.soft.scorer.initialise(mean, deviation, torch.Generator().manual_seed(seed))
+        self.soft.scorer.initialize(mean, deviation, torch.Generator().manual_seed(seed))
 
     def tokens(self, backbone, context, noise):
         span, last = (ids.to(backbone.device) for ids in (context.span_ids, context.raw_ids[-TAIL_TOKENS:]))
@@ -114,7 +114,7 @@ class Dynamic(Student):
         return self.soft.scorer(mass, *entries(context, backbone), int(context.at_boundary))
 
 
-class Static(Student):
+class JudgeQStudent(Student):
     """Judge Q: the same soft tokens for every context."""
 
     def __init__(self, tokens: torch.Tensor) -> None:
@@ -123,17 +123,17 @@ class Static(Student):
 
     @classmethod
     @torch.no_grad()
-    def create(cls, backbone: Backbone, count: int, seed: int) -> "Static":
+    def create(cls, backbone: Backbone, count: int, seed: int) -> "JudgeQStudent":
         table = backbone.model.get_input_embeddings().weight.float()
         picked = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))[:count]
         return cls(table[picked.to(table.device)].clone())
 
     @classmethod
-    def load(cls, backbone: Backbone, path: str) -> "Static":
+    def load(cls, backbone: Backbone, path: str) -> "JudgeQStudent":
         """Go on from trained static soft tokens.
 
         Raises:
-            ValueError: as :meth:`sglang_metasoft.static_tokens.StaticTokens.load`.
+            ValueError: as :meth:`sglang_metasoft.compressor.static_tokens.StaticTokens.load`.
         """
         return cls(StaticTokens.load(path, backbone.shape, backbone.embed, backbone.device).tokens)
 

@@ -8,15 +8,15 @@ from tqdm import tqdm
 
 from sglang_metasoft.consolidations.repeats import find_repeats
 from sglang_metasoft.train import checkpoint, key_bias
+from sglang_metasoft.train.answer_check import answer_logits, cut_slots
 from sglang_metasoft.train.attention import Fading
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.curves import Curves
 from sglang_metasoft.train.dataset import Dataset
 from sglang_metasoft.train.objective import answer_divergence, log_keep, losses, orthogonality
 from sglang_metasoft.train.prepare import Context, Store
-from sglang_metasoft.train.selection import answer_logits, cut_slots
 from sglang_metasoft.train.settings import TrainSettings
-from sglang_metasoft.train.student import Dynamic, Static, Student, mean_of
+from sglang_metasoft.train.student import JudgeQStudent, MetaSoftStudent, Student, mean_of
 
 WARM_UP_STEPS = 20
 LAST_RATE = 0.1  # of the learning rate, at the end
@@ -52,11 +52,11 @@ class Trainer:
     def _create_student(self) -> Student:
         s = self.settings
         if s.init:
-            kind = Static if s.method == "judge_q" else Dynamic
+            kind = JudgeQStudent if s.method == "judge_q" else MetaSoftStudent
             return mean_of([kind.load(self.backbone, str(path)) for path in s.init])
         if s.method == "judge_q":
-            return Static.create(self.backbone, s.soft_tokens, s.seed)
-        student = Dynamic.create(self.backbone, s.soft_tokens, s.scorer_width, s.selector_features, s.seed)
+            return JudgeQStudent.create(self.backbone, s.soft_tokens, s.seed)
+        student = MetaSoftStudent.create(self.backbone, s.soft_tokens, s.scorer_width, s.selector_features, s.seed)
         student.soft.gate_scale.data.fill_(s.gate)
         return student
 
@@ -92,7 +92,7 @@ class Trainer:
         """
         s, main = self.settings, self.accelerator.is_main_process
         scores: dict[str, float] = {}
-        if self.step == 0 and isinstance(self.student, Dynamic) and not s.init:
+        if self.step == 0 and isinstance(self.student, MetaSoftStudent) and not s.init:
             contexts = [self._context(n, n % 2 == 1) for n in range(min(CALIBRATION_CONTEXTS, s.cases))]
             self.student.calibrate(self.backbone, contexts, s.seed)
         bar = tqdm(total=s.total_steps, initial=self.step, disable=not main, desc="training", unit="step")
@@ -132,7 +132,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + term.item() / s.batch
                 if name in ("divergence", "lost", "answer divergence"):
                     sums[f"{name} {kind}"] = term.item()
-        if isinstance(self.student, Dynamic):
+        if isinstance(self.student, MetaSoftStudent):
             library = self.student.soft.library
             penalty = orthogonality(library)
             sums["orthogonality"] = penalty.item()
@@ -197,7 +197,7 @@ class Trainer:
 
     def _noise(self, step: int, rng: random.Random) -> torch.Tensor | None:
         fade = 1 - step / (NOISE_UNTIL * self.settings.total_steps)
-        if not isinstance(self.student, Dynamic) or fade <= 0:
+        if not isinstance(self.student, MetaSoftStudent) or fade <= 0:
             return None
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         uniform = torch.rand(self.student.soft.bias.shape[1:], generator=generator).clamp(1e-6, 1 - 1e-6)

@@ -6,10 +6,10 @@ from statistics import mean
 import torch
 
 from sglang_metasoft.consolidations.repeats import find_repeats
+from sglang_metasoft.train.answer_check import answer_score, kept_slots, overlap, shorten, snapkv, top, with_biases
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.dataset import Dataset
 from sglang_metasoft.train.prepare import Context, Store
-from sglang_metasoft.train.selection import answer_score, kept_slots, overlap, shorten, snapkv, top, with_biases
 from sglang_metasoft.train.settings import TrainSettings
 from sglang_metasoft.train.student import Student
 from sglang_metasoft.types import Scores

@@ -13,7 +13,7 @@ from sglang_metasoft.inspect.command import main
 from sglang_metasoft.inspect.model import Answer
 from sglang_metasoft.inspect.page import render
 from sglang_metasoft.inspect.prompt import InspectedPrompt
-from sglang_metasoft.policy import plan_span
+from sglang_metasoft.pipeline.plan import plan_span
 from sglang_metasoft.types import Plan
 
 pytestmark = pytest.mark.browser
@@ -143,12 +143,12 @@ def test_tokens_can_be_walked_with_the_keyboard(open_page, page_file):
 
 def test_the_heat_map_is_drawn_and_a_click_goes_to_its_layer(open_page, page_file):
     page = open_page(page_file)
-    colours = page.evaluate(
+    colors = page.evaluate(
         "(() => { const map = document.getElementById('map');"
         "const data = map.getContext('2d').getImageData(0, 0, map.width, map.height).data;"
         "return new Set(new Uint32Array(data.buffer)).size; })()"
     )
-    assert colours > 50
+    assert colors > 50
     box = page.locator("#map").bounding_box()
     page.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * 0.99)
     assert page.locator("#layer-out").inner_text() == "29 (0 to 29)"
@@ -166,8 +166,8 @@ def test_text_has_contrast_in_both_schemes(open_page, page_file, scheme):
     assert (luminance(card) > 0.5) == (scheme == "light")
 
 
-def luminance(colour):
-    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+def luminance(color):
+    channels = [int(value) / 255 for value in re.findall(r"\d+", color)[:3]]
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 

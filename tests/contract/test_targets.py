@@ -10,9 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from metasoft_patches.contract import check_target, find, parameters
-
-from sglang_metasoft.compat import SUPPORTED_SGLANG
+from metasoft_patches.compat import SUPPORTED_SGLANG
+from metasoft_patches.hooks.contract import check_target, find, parameters
 
 PATCHES = Path(__file__).parents[2] / "patches" / "metasoft_patches"
 
@@ -65,8 +64,8 @@ def test_every_hook_exists(supported):
     folder = folder_of(supported)
     files = {
         "flags": [PATCHES / "frontend.py"],
-        "frontend": [PATCHES / "frontend.py", PATCHES / "entry.py", folder / "hooks.py"],
-        "scheduler": [PATCHES / "scheduler.py", folder / "hooks.py"],
+        "frontend": [PATCHES / "frontend.py", PATCHES / "http" / "entry.py", folder / "hooks.py"],
+        "scheduler": [PATCHES / "scheduler" / "hooks.py", folder / "hooks.py"],
     }
     defined = {
         stage: {

@@ -67,7 +67,7 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
     if step["path"] in SHOWN_ONLY:
         return []
     volatile = VOLATILE | (OUTPUT_LOGPROBS if sampling_of(ours.sent).get("max_new_tokens") == 0 else set())
-    theirs, own = normalised(plain.body, volatile), normalised(ours.body, volatile)
+    theirs, own = normalized(plain.body, volatile), normalized(ours.body, volatile)
     cached_slack = cached_slack_of(step, ours) if is_timing_free else None
     if plain.status != 200:
         return unequal(theirs, own, None)
@@ -80,7 +80,7 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
         pairs = zip(answers(plain.body), answers(ours.body), strict=False)
         for one, other in pairs:
             if "metasoft_bypass" in other["meta_info"]:
-                found += unequal(normalised(one, volatile), normalised(other, volatile), None)
+                found += unequal(normalized(one, volatile), normalized(other, volatile), None)
             else:
                 found += prompt_logprobs(one["meta_info"], other["meta_info"])
     return found
@@ -89,7 +89,7 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
 def cached_slack_of(step: dict, ours: Outcome) -> float:
     """By how many tokens ours may find less in the tree than plain SGLang does.
 
-    A window's raw entries are found by those alone who use the chain before it; who stays raw, or has another ratio,
+    A window's raw entries are found by those alone who use the prefix before it; who stays raw, or has another ratio,
     finds the raw twins of first segments, or nothing.
     """
     is_raw = "x-metasoft-bypass" in ours.headers
@@ -125,23 +125,23 @@ def is_fixed(sent: dict) -> bool:
     return sampling.get("ignore_eos") is True and not STOPPERS & set(sampling)
 
 
-def normalised(value, volatile: set[str]):
+def normalized(value, volatile: set[str]):
     """Without what is not the same in two runs of one server."""
     if isinstance(value, dict):
         value = {name: one for name, one in value.items() if name not in volatile and not name.startswith("metasoft_")}
         if "cache_read_input_tokens" in value and isinstance(value.get("input_tokens"), int):
             cached = value.pop("cache_read_input_tokens") or 0
             value |= {"input_tokens": value["input_tokens"] + cached, "cached_tokens": cached}
-        return {name: normalised(one, volatile) for name, one in value.items()}
+        return {name: normalized(one, volatile) for name, one in value.items()}
     if isinstance(value, list):
-        return [normalised(one, volatile) for one in value]
+        return [normalized(one, volatile) for one in value]
     if isinstance(value, str):
         return re.sub(r"\b[0-9a-f]{32}\b", "<id>", value)
     return value
 
 
 def unequal(plain, ours, cached_slack: float | None, path: str = "") -> list[str]:
-    """Where two normalised answers differ; numbers that are not whole may by ``LOGPROB_TOLERANCE``.
+    """Where two normalized answers differ; numbers that are not whole may by ``LOGPROB_TOLERANCE``.
 
     Args:
         cached_slack: by how many tokens ours may have found less in the cache; None: do not compare.

@@ -183,7 +183,7 @@ def unsoundness(server: Server, has_checks: bool) -> str | None:
     """Ask a trifle, wait until the server idles, and say what is wrong then.
 
     Args:
-        has_checks: of ours: the test-only plugin in ``tests/server/inside`` checks tree, pool, locks and chains.
+        has_checks: of ours: the test-only plugin in ``tests/server/inside`` checks tree, pool, locks and prefixes.
     """
     before = len(inside_lines(server, "ok"))
     try:

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from sglang_metasoft.cli import main
+from sglang_metasoft.compressor.files import SHIPPED
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.eval.hf import MethodSpec
 from sglang_metasoft.eval.records import read_records
 from sglang_metasoft.eval.variants import VARIANTS
-from sglang_metasoft.soft_tokens import BUILT_IN
 from sglang_metasoft.types import Job, LayerPool, LayerView, ModelShape, Plan, Probe
 
 
@@ -80,7 +80,7 @@ def test_other_ways_to_take_importance():
 
 def test_an_entry_scorer_would_undo_them():
     shape = ModelShape("smol", 49152, 576, 30, 9, 3, 64)
-    rows = load_file(BUILT_IN / "smollm2-135m-instruct" / "model.safetensors")["embedding_check"].float()
+    rows = load_file(SHIPPED / "smollm2-135m-instruct" / "model.safetensors")["embedding_check"].float()
     with pytest.raises(ValueError, match="smollm2-135m-instruct.*entry scorer.*--scorer-width 0"):
         VARIANTS["metasoft_max"](
             MetaSoftConfig(path="smollm2-135m-instruct"), shape, lambda ids: rows, torch.device("cpu")

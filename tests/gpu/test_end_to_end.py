@@ -52,7 +52,7 @@ def served(request, start_server, compressor_dir, long_ids, tokenizer, tmp_path_
 
 @pytest.fixture(autouse=True)
 def nothing_leaks(request):
-    """After each test: tree, pool, locks and chains are sound, and the pool is whole."""
+    """After each test: tree, pool, locks and prefixes are sound, and the pool is whole."""
     served = request.getfixturevalue("served") if "served" in request.fixturenames else None
     yield
     if served is not None:
@@ -205,7 +205,7 @@ RETRACTION = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"}
 
 
 def stress(server, long_ids, at_once: int | None = None) -> list[dict]:
-    """Unique prompts, so that nobody meets another's chain."""
+    """Unique prompts, so that nobody meets another's prefix."""
     prompts = [[10 + n, *long_ids[61 * n :][: 700 + 150 * (n % 7)]] for n in range(10 if DRY_RUN else 60)]
     responses = ask_all(server, prompts, 48, ratio=4, at_once=at_once)
     assert all(response["meta_info"]["completion_tokens"] == 48 for response in responses)

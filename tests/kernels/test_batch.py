@@ -6,13 +6,13 @@ from metasoft_kernels.move import add_to_keys
 from metasoft_kernels.move import fused as move_kernels
 from metasoft_kernels.probe import fused as probe_kernels
 
-from sglang_metasoft.batch import FusedBatch
 from sglang_metasoft.config import CONSOLIDATIONS, MetaSoftConfig
 from sglang_metasoft.consolidations import load_consolidation
 from sglang_metasoft.consolidations.key_bias import KeyBiasInputs
 from sglang_metasoft.consolidations.repeats import find_repeats
 from sglang_metasoft.methods import load_method
-from sglang_metasoft.pipeline import compress_layer
+from sglang_metasoft.pipeline.batch import FusedBatch
+from sglang_metasoft.pipeline.layer import compress_layer
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe
 from tests.kernels.cases import DEVICE, Case, make_pool, randn
 
@@ -76,7 +76,7 @@ def test_batch(name, consolidation, dtype):
         for buffer, scale, entries in zip(layer[:2], case.scales, (merged.key, merged.value), strict=True):
             written = buffer[job.new_slots].float() * scale
             assert written.isfinite().all()
-            quantised = entries if dtype == torch.float32 else (entries / scale).to(dtype).float() * scale
-            difference = (written - quantised.float())[:, same].abs()
+            quantized = entries if dtype == torch.float32 else (entries / scale).to(dtype).float() * scale
+            difference = (written - quantized.float())[:, same].abs()
             # In float8 an affinity's near tie sends an entry elsewhere, and a value rounds to its neighbour.
             assert (difference > tolerance).float().mean() < (1e-6 if dtype == torch.float32 else 0.05)

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import metasoft_patches
 import pytest
-from metasoft_patches import cpu_platform
-from metasoft_patches.adapters import folder_of, load_adapter
-from metasoft_patches.install import register_hooks
-from metasoft_patches.targets import FLAG_TARGETS, Target
+from metasoft_patches import compat
+from metasoft_patches import cpu as cpu_platform
+from metasoft_patches.adapter import folder_of, load_adapter
+from metasoft_patches.hooks.install import register_hooks
+from metasoft_patches.hooks.targets import FLAG_TARGETS, Target
 from sglang.srt.plugins.hook_registry import HookRegistry
-
-from sglang_metasoft import compat
 
 UNKNOWN = "SGLang 0.6.0 is not supported; supported: 0.5.23, 0.5.17"
 
@@ -22,7 +21,7 @@ def registered(monkeypatch):
     """The hooks that are registered during the test, as in a process that has none yet."""
     monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list))
     monkeypatch.setattr(HookRegistry, "_patched", set())
-    monkeypatch.setattr("metasoft_patches.install._hooks", {})
+    monkeypatch.setattr("metasoft_patches.hooks.install._hooks", {})
     monkeypatch.setattr("metasoft_patches.frontend.extend_engine", lambda: None)
     return HookRegistry._hooks
 

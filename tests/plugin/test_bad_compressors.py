@@ -11,7 +11,8 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from sglang_metasoft.soft_tokens import SoftTokens, check_compressor
+from sglang_metasoft.compressor.files import check_compressor
+from sglang_metasoft.compressor.soft_tokens import SoftTokens
 from sglang_metasoft.types import ModelShape
 from tests.plugin.searching import edges, search, values
 

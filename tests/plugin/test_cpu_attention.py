@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import sglang.srt.plugins as plugins
 import torch
-from metasoft_patches import cpu_attention, cpu_platform
-from metasoft_patches.adapters import folder_of
-from metasoft_patches.cpu_attention import TorchRowsBackend, attend
+from metasoft_patches import cpu as cpu_platform
+from metasoft_patches.adapter import folder_of
+from metasoft_patches.cpu import attention as cpu_attention
+from metasoft_patches.cpu.attention import TorchRowsBackend, attend
 from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend

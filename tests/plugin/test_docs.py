@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from metasoft_patches.metrics import METRICS
 
 from sglang_metasoft.config import settings_of
-from sglang_metasoft.metrics import METRICS
 from sglang_metasoft.types import Bypass
 
 ROOT = Path(__file__).parents[2]

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
-from metasoft_patches import contract, machine_checks
-from metasoft_patches.doctor import main
+from metasoft_patches.compat import SUPPORTED_SGLANG
+from metasoft_patches.doctor import machine_checks
+from metasoft_patches.doctor.command import main
+from metasoft_patches.hooks import contract
 
 from sglang_metasoft import cli
-from sglang_metasoft.compat import SUPPORTED_SGLANG
 
 FIELDS = {"name", "status", "found", "remedy"}
 
@@ -207,7 +208,7 @@ def test_wrong_server_flags_are_wrong_usage(model_dir, flags):
 
 
 def test_the_command_reaches_it_through_its_entry_point(monkeypatch, capsys):
-    entry = importlib.metadata.EntryPoint("doctor", "metasoft_patches.doctor:main", cli.PLUGIN_GROUP)
+    entry = importlib.metadata.EntryPoint("doctor", "metasoft_patches.doctor.command:main", cli.PLUGIN_GROUP)
     monkeypatch.setattr(cli, "entry_points", lambda **given: [entry] if given["name"] == "doctor" else [])
     assert cli.main(["doctor", "--json"]) == 0 and json.loads(capsys.readouterr().out)["ok"]
     assert cli.main(["doctor", "--ratios", "x"]) == 2 and "--ratios: 'x'" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import os
 import stat
 
 import pytest
-from metasoft_patches.stages import RID_CHARS, file_stem
+from metasoft_patches.forward.runner import RID_CHARS, file_stem
 
 from sglang_metasoft.inspect import command
 

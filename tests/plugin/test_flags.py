@@ -10,10 +10,10 @@ from importlib.metadata import version
 
 import pytest
 import sglang.srt.plugins as plugins
-from metasoft_patches import contract, frontend
-from metasoft_patches.adapters import load_adapter
+from metasoft_patches import compat, frontend
+from metasoft_patches.adapter import load_adapter
+from metasoft_patches.hooks import contract
 
-from sglang_metasoft import compat
 from sglang_metasoft.config import settings_of
 
 plugins.load_plugins()

@@ -5,20 +5,20 @@ import subprocess
 import sys
 
 import pytest
-from metasoft_patches import http
+from metasoft_patches.http import app as http
 
 # A worker, after its parent has prepared for two; then the parent of a server with one process.
 SCRIPT = """
 import os
-from metasoft_patches import http
+from metasoft_patches.http import app as http
 http.prepare(2), http.prepare(2)
 assert os.environ[http.APP_PATH] == http.WORKER_APP
-from metasoft_patches.http_worker import app
+from metasoft_patches.http.worker import app
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.entrypoints import http_server
 assert app is http_server.app and any(".generate_request" in path for path in HookRegistry._patched)
 http.prepare(1), http.prepare(1)
-from sglang_metasoft.headers import HeaderMiddleware
+from metasoft_patches.http.headers import HeaderMiddleware
 print(sum(each.cls is HeaderMiddleware for each in app.user_middleware))
 """
 

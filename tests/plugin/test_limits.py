@@ -4,7 +4,7 @@ from array import array
 
 import pytest
 import sglang.srt.plugins as plugins
-from metasoft_patches import limits
+from metasoft_patches.http import limits
 
 from sglang_metasoft.config import RequestRefused
 

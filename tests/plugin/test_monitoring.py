@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from metasoft_patches.metrics import METRICS, PREFIX
 
-from sglang_metasoft.metrics import METRICS, PREFIX
 from tests.tools import need
 
 FOLDER = Path(__file__).parents[2] / "examples" / "monitoring"

@@ -9,10 +9,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from metasoft_patches.compat import SUPPORTED_SGLANG
 from packaging.requirements import Requirement
 from packaging.version import Version
-
-from sglang_metasoft.compat import SUPPORTED_SGLANG
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("sglang_metasoft", "metasoft_kernels", "metasoft_patches")
@@ -39,8 +38,8 @@ def test_the_wheel_registers_both_entry_points(installed):
     (distribution,) = importlib.metadata.distributions(path=[str(installed)])
     found = {entry.group: (entry.name, entry.value) for entry in distribution.entry_points}
     assert found["sglang.srt.plugins"] == ("metasoft", "metasoft_patches:register")
-    assert found["sglang.srt.platforms"] == ("metasoft_cpu", "metasoft_patches.cpu_platform:activate")
-    assert found["sglang_metasoft.commands"] == ("doctor", "metasoft_patches.doctor:main")
+    assert found["sglang.srt.platforms"] == ("metasoft_cpu", "metasoft_patches.cpu:activate")
+    assert found["sglang_metasoft.commands"] == ("doctor", "metasoft_patches.doctor.command:main")
     assert found["console_scripts"] == ("sglang-metasoft", "sglang_metasoft.cli:main")
     (sglang,) = (need for need in map(Requirement, distribution.requires) if need.name == "sglang")
     others = [f"0.{minor}.{patch}" for minor in (4, 5, 6) for patch in range(40)]
@@ -52,12 +51,12 @@ def test_the_wheel_registers_both_entry_points(installed):
 def test_the_wheel_imports_and_registers_without_the_checkout(installed, tmp_path):
     script = (
         f"import sys; sys.path.insert(0, {str(installed)!r})\n"
-        f"import {', '.join(PACKAGES)}, metasoft_patches.cpu_platform as platform\n"
+        f"import {', '.join(PACKAGES)}, metasoft_patches.cpu as platform\n"
         f"for module in ({', '.join(PACKAGES)}): assert module.__file__.startswith({str(installed)!r}), module\n"
         "from sglang_metasoft.demo.conversation import DOCUMENT; assert len(DOCUMENT.read_text()) > 10_000\n"
         "from importlib.resources import files\n"
         "assert (files('sglang_metasoft.inspect') / 'page/page.html').is_file()\n"
-        "assert (files('sglang_metasoft') / 'compressors/smollm2-135m-instruct/model.safetensors').is_file()\n"
+        "assert (files('sglang_metasoft') / 'compressor/shipped/smollm2-135m-instruct/model.safetensors').is_file()\n"
         "assert (files('sglang_metasoft') / 'py.typed').is_file()\n"
         "from sglang_metasoft.cli import main; assert main(['doctor']) == 0\n"
         "import torch; assert (platform.activate() is None) == torch.accelerator.is_available()\n"
@@ -80,7 +79,7 @@ def test_the_checkout_does_not_shadow_hugging_faces_kernels():
 
 
 def test_the_cpu_platform_stays_out_where_it_is_not_wanted(monkeypatch):
-    from metasoft_patches import cpu_platform
+    from metasoft_patches import cpu as cpu_platform
 
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     assert cpu_platform.activate() is None
@@ -95,14 +94,14 @@ def test_the_cpu_platform_stays_out_where_it_is_not_wanted(monkeypatch):
 )
 def test_more_ranks_than_numa_nodes_share_the_cores(cores, ranks, expected):
     import sglang.srt.plugins  # noqa: F401  (as a server does, first)
-    from metasoft_patches.cpu_platform_class import spread_cores
+    from metasoft_patches.cpu.platform import spread_cores
 
     assert spread_cores(cores, ranks) == expected
 
 
 def test_a_second_engine_in_a_process_gets_a_binding_of_its_own(monkeypatch):
     import sglang.srt.plugins  # noqa: F401  (as a server does, first)
-    from metasoft_patches.cpu_platform_class import THREAD_BINDING, TorchCpuPlatform, spread_cores
+    from metasoft_patches.cpu.platform import THREAD_BINDING, TorchCpuPlatform, spread_cores
 
     cores = sorted(os.sched_getaffinity(0))
     monkeypatch.delenv(THREAD_BINDING, raising=False)

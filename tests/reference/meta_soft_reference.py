@@ -22,8 +22,8 @@ class Cache:
 
     ids: list[int]  # logical tokens
     layers: list[tuple[torch.Tensor, torch.Tensor]]  # keys and values, [G, entries, d]
-    chain_tokens: int = 0
-    chain_entries: int = 0
+    compressed_tokens: int = 0
+    compressed_entries: int = 0
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Reference:
         positions = torch.arange(start, start + len(ids))
         out = self.model(torch.tensor([ids]), past_key_values=held, position_ids=positions[None], use_cache=True)
         layers = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in out.past_key_values.layers]
-        longer = Cache(cache.ids + ids, layers, cache.chain_tokens, cache.chain_entries)
+        longer = Cache(cache.ids + ids, layers, cache.compressed_tokens, cache.compressed_entries)
         return longer, out.logits[0, -1].log_softmax(-1)
 
     def compress(
@@ -161,10 +161,10 @@ class Reference:
             calibration: the text that key biases are calibrated on.
             at_boundary: the span is probed as if nothing followed it.
         """
-        before, end = cache.chain_entries, cache.chain_entries + span_tokens
-        span = cache.ids[cache.chain_tokens :][:span_tokens]
-        tail = [] if at_boundary else cache.ids[cache.chain_tokens + span_tokens :]
-        position = cache.chain_tokens + len(span) + len(tail)
+        before, end = cache.compressed_entries, cache.compressed_entries + span_tokens
+        span = cache.ids[cache.compressed_tokens :][:span_tokens]
+        tail = [] if at_boundary else cache.ids[cache.compressed_tokens + span_tokens :]
+        position = cache.compressed_tokens + len(span) + len(tail)
         soft = self.soft_tokens(span, tail)
         count = len(soft)
         probe = self.model(
@@ -173,7 +173,7 @@ class Reference:
             position_ids=torch.arange(position, position + count)[None],
             output_attentions=True,
         )
-        after = Cache(cache.ids, [], cache.chain_tokens + span_tokens, before + kept_entries)
+        after = Cache(cache.ids, [], cache.compressed_tokens + span_tokens, before + kept_entries)
         result = Compressed([], [], [], [], [], _cache_of(cache.layers), after)
         directions = self.directions(calibration, position) if calibration else None
         for number, (attention, (all_keys, all_values)) in enumerate(zip(probe.attentions, cache.layers, strict=True)):
@@ -221,8 +221,8 @@ class Reference:
         """[vocab] after the last prompt token, recomputed over the compressed span and the raw window before it."""
         cache = compressed.cache
         layers = [(k[:, :-1], v[:, :-1]) for k, v in cache.layers]
-        assert cache.ids == ids and cache.chain_tokens == span_len
-        return self.extend(Cache(ids[:-1], layers, span_len, cache.chain_entries), ids[-1:])[1]
+        assert cache.ids == ids and cache.compressed_tokens == span_len
+        return self.extend(Cache(ids[:-1], layers, span_len, cache.compressed_entries), ids[-1:])[1]
 
 
 def _cache_of(layers: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from metasoft_patches.adapters import load_adapter
-from metasoft_patches.admission import bypass_reason
+from metasoft_patches.adapter import load_adapter
+from metasoft_patches.scheduler.admission import bypass_reason
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams

@@ -25,7 +25,7 @@ def test_twelve_turns_hold_a_quarter_and_compute_only_what_is_new(server, docume
         meta, report = response["meta_info"], metasoft(response)
         assert meta["prompt_tokens"] == len(chat)
         assert report["kv_tokens"] <= len(chat) / RATIO + WINDOW + THRESHOLD
-        assert report["reused_tokens"] == spans[-1]  # the last turn's chain, as it was, whole
+        assert report["reused_tokens"] == spans[-1]  # the last turn's prefix, as it was, whole
         # SGLang never caches the last output token; a tail that is compressed now may have been its raw window.
         assert meta["prompt_tokens"] - meta["cached_tokens"] <= new_tokens + 1 + (WINDOW if turn else 0)
         spans.append(report["span_tokens"])

@@ -111,7 +111,7 @@ def test_beams_decode_beside_a_compressed_request(server, document_ids):
         assert answer["meta_info"]["metasoft_bypass"] == "beam_search"
         return [beam["output_ids"] for beam in answer["meta_info"]["beam_results"]]
 
-    server.generate(ids, 2)  # so that both runs below start from the chain
+    server.generate(ids, 2)  # so that both runs below start from the prefix
     alone, beams_alone = server.generate(ids, 200, sampling_params=long), search()
     body = {"input_ids": ids, "stream": True, "sampling_params": long | {"max_new_tokens": 200, "temperature": 0}}
     with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=300) as stream:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from sglang_metasoft.compressor.soft_tokens import SoftTokens
 from sglang_metasoft.demo.server import ServerFailed
 from sglang_metasoft.hf.shape import read_shape
-from sglang_metasoft.soft_tokens import SoftTokens
 from tests.server.forked import start
 
 pytestmark = pytest.mark.server

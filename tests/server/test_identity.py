@@ -83,7 +83,7 @@ def test_segments_pages_and_chunks_equal_plain_sglang_too(plain_outputs, start_s
     turns = converse(server, prompts[some], tokenizer)
     for prompt, (first, second) in zip(prompts[some], turns, strict=True):
         span, reused = (first["meta_info"][f"metasoft_{name}_tokens"] for name in ("span", "reused"))
-        # A chain taken over from a longer prompt with the same head may reach into this prompt's window.
+        # A prefix taken over from a longer prompt with the same head may reach into this prompt's window.
         assert span == reused or WINDOW <= len(prompt) - span
         assert len(prompt) - span < WINDOW + 128 + 16
         assert second["meta_info"]["metasoft_reused_tokens"] >= span

@@ -181,7 +181,7 @@ def test_an_update_under_running_requests_drops_what_they_computed(server, docum
 def test_weights_that_the_compressor_does_not_fit_are_served_uncompressed(
     server, document_ids, model_dir, foreign_weights
 ):
-    """The embeddings are others: no prompt is compressed, none reuses an old chain, until they are the old ones."""
+    """The embeddings are others: no prompt is compressed, none reuses an old prefix, until they are the old ones."""
     ids = document_ids[700:1900]
     first = server.generate(ids, 8)
     assert metasoft(first)["span_tokens"] == 1200 - WINDOW

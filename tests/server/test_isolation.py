@@ -4,8 +4,8 @@ from array import array
 
 import pytest
 import requests
+from metasoft_patches.cache.prefix_index import FIRST_VIRTUAL_ID, make_virtual_ids
 
-from sglang_metasoft.chains import FIRST_VIRTUAL_ID, make_virtual_ids
 from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft
 
 pytestmark = pytest.mark.server

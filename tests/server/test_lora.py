@@ -89,7 +89,7 @@ def test_ratio_one_equals_the_merged_models(server, document_ids, expected):
     answers = {name: expected(name, ids) for name in SERVED}
     assert len({tuple(answer) for answer in answers.values()}) == len(SERVED)
     for turn in range(2):
-        for name in SERVED:  # each finds its own chain alone, whoever came before
+        for name in SERVED:  # each finds its own prefix alone, whoever came before
             response = ask(server, ids, name)
             assert response["output_ids"] == answers[name]
             assert metasoft(response)["span_tokens"] == PROMPT_TOKENS - WINDOW
@@ -138,7 +138,7 @@ def test_an_adapters_prompt_is_nobody_elses(server, document_ids):
     assert metasoft(ask(server, ids, "A", **RATIO_FOUR, **{SALT: "other"}))["reused_tokens"] == 0
 
 
-def test_an_extra_key_that_spells_an_adapters_id_finds_no_chain_of_it(server, adapters, document_ids):
+def test_an_extra_key_that_spells_an_adapters_id_finds_no_prefix_of_it(server, adapters, document_ids):
     """SGLang keeps adapters apart by putting their ids behind the client's ``extra_key``."""
     from sglang.srt.lora.lora_registry import LoRARef
 
@@ -159,7 +159,7 @@ def test_an_adapter_is_named_by_its_path_alone(server, adapters, document_ids):
 
 
 def test_a_burst_gives_the_answers_of_one_by_one(server, document_ids):
-    """Adapters take turns in the pool of three; every prompt is compressed and its repeat reuses its own chain."""
+    """Adapters take turns in the pool of three; every prompt is compressed and its repeat reuses its own prefix."""
     checks = len(inside_lines(server, "ok"))
     work = [(SERVED[n % 3], document_ids[30 * n : 30 * n + 400 + 60 * (n % 5)]) for n in range(6)]
     work += [("D", document_ids[700:1100])]

@@ -1,13 +1,13 @@
-"""Every method in a real server: compresses, a repeat reuses the chain, nothing leaks; bad combinations are refused."""
+"""Every method in a real server: compresses, a repeat reuses it, nothing leaks; bad combinations are refused."""
 
 import json
 
 import pytest
 import torch
 
+from sglang_metasoft.compressor.static_tokens import StaticTokens
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS
 from sglang_metasoft.hf.shape import read_shape
-from sglang_metasoft.static_tokens import StaticTokens
 from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
 
 pytestmark = pytest.mark.server

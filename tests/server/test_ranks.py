@@ -38,9 +38,9 @@ def server(answers_of_one, start_server):
 
 
 def last_states(server) -> dict[str, str]:
-    """For each rank what it last wrote about its tree, pool and chains."""
+    """For each rank what it last wrote about its tree, pool and prefixes."""
     lines = inside_lines(server, "ok")
-    return {re.search(r" TP(\d)", line)[1]: re.search(r"chains=.*", line)[0] for line in lines}
+    return {re.search(r" TP(\d)", line)[1]: re.search(r"prefixes=.*", line)[0] for line in lines}
 
 
 def assert_ranks_agree(server) -> None:

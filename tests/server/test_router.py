@@ -1,4 +1,4 @@
-"""SGLang's router in front of two servers: it routes by prefix, so a second turn meets the chain of the first."""
+"""SGLang's router in front of two servers: it routes by prefix, so a second turn meets the prefix of the first."""
 
 import contextlib
 import subprocess
@@ -44,7 +44,7 @@ def router(model_dir, tmp_path_factory):
         yield url, servers
 
 
-def test_chats_behind_the_router_reuse_their_chains(router, document):
+def test_chats_behind_the_router_reuse_their_prefixes(router, document):
     url, servers = router
     for number in range(3):
         text = document[2000 * number :][:3500]

@@ -36,7 +36,7 @@ def test_server_info_shows_what_is_active_and_every_setting(server):
     assert "untrained" in shown["active"] and shown["runs_on"] == "torch" and "secret" not in shown
 
 
-def test_counts_are_logical_and_the_same_prompt_again_reuses_the_chain(server, document_ids):
+def test_counts_are_logical_and_the_same_prompt_again_reuses_the_prefix(server, document_ids):
     for cached, reused in ((0, 0), (1599, 1600 - WINDOW)):
         response = server.generate(document_ids[:1600], **{SALT: "counts"})
         assert response["meta_info"]["prompt_tokens"] == 1600 and response["meta_info"]["cached_tokens"] == cached
@@ -133,7 +133,7 @@ def test_prompt_logprobs_inside_the_window_do_not_stop_compression(server, docum
 
 def test_streaming_gives_the_same_tokens_and_flat_fields(server, document_ids):
     ids = document_ids[150:1150]
-    server.generate(ids)  # the chain is there, so that both runs below take the same path
+    server.generate(ids)  # the prefix is there, so that both runs below take the same path
     whole = server.generate(ids, 12)
     body = {"input_ids": ids, "stream": True, "sampling_params": {"temperature": 0, "max_new_tokens": 12}}
     with requests.post(f"{server.url}/generate", json=body, stream=True, timeout=120) as response:
@@ -166,7 +166,7 @@ def test_an_aborted_request_leaves_the_server_well(server, document_ids):
     assert again["span_tokens"] == again["reused_tokens"] == 1500 - WINDOW
 
 
-def test_flush_cache_forgets_chains(server, document_ids):
+def test_flush_cache_forgets_prefixes(server, document_ids):
     ids = document_ids[1500:2500]
     server.generate(ids)
     wait_until_idle(server)

@@ -85,7 +85,7 @@ def test_the_document_is_chosen_without_a_question_however_short_they_are(server
         alone = {"span_tokens": DOCUMENT, "kv_tokens": DOCUMENT // 4 + length}
         assert metasoft(responses[1]) == alone | {"reused_tokens": 0}
         assert metasoft(responses[2]) == alone | {"reused_tokens": DOCUMENT}
-        # A repeat of the first question reuses its own chain, unless the document's leaves as little to compute.
+        # A repeat of the first question reuses its own prefix, unless the document's leaves as little to compute.
         again = server.generate(document + questions[order[0]], **{SALT: name})
         assert metasoft(again)["reused_tokens"] == (DOCUMENT + length - WINDOW if length > 1 else DOCUMENT)
         traces[order] = [load_file(next(trace_dir.glob(f"{name}-{n}-0-*"))) for n in order[:2]]
@@ -118,7 +118,7 @@ def test_uncompressed_the_pool_keeps_four_documents_at_most(server, document_ids
     assert cached[0] == WARMED_TOKENS and sum(tokens == WARMED_TOKENS for tokens in cached) <= 4, cached
 
 
-def test_several_answers_to_one_prompt_share_one_chain(server, document_ids):
+def test_several_answers_to_one_prompt_share_one_prefix(server, document_ids):
     """SGLang sends the prompt once without output before it sends it n times: that one is compressed."""
     prompt, before = document_ids[900:2100], server.metrics(priority="")
     responses = server.generate(prompt, 4, sampling_params={"n": 4, "temperature": 1})

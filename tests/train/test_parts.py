@@ -12,20 +12,20 @@ from metasoft_kernels.probe import attend
 from metasoft_kernels.score import importance
 from transformers import AutoModelForCausalLM
 
+from sglang_metasoft.compressor.entry_scorer import EntryScorer
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.consolidations import load_consolidation
 from sglang_metasoft.consolidations.repeats import demote_repeats, find_repeats
-from sglang_metasoft.entry_scorer import EntryScorer
 from sglang_metasoft.methods.metasoft import MetaSoft
 from sglang_metasoft.train import key_bias
+from sglang_metasoft.train.answer_check import answer_score, cut_slots, kept_slots, shorten, top, with_biases
 from sglang_metasoft.train.attention import Probing, Watch
 from sglang_metasoft.train.backbone import Backbone, Layers
 from sglang_metasoft.train.dataset import Dataset
 from sglang_metasoft.train.generators import GENERATORS
 from sglang_metasoft.train.objective import losses
 from sglang_metasoft.train.prepare import prepare
-from sglang_metasoft.train.selection import answer_score, cut_slots, kept_slots, shorten, top, with_biases
-from sglang_metasoft.train.student import Dynamic
+from sglang_metasoft.train.student import MetaSoftStudent
 from sglang_metasoft.train.texts import HeldOut, read_corpus
 from sglang_metasoft.types import Job, LayerPool, LayerView, Plan, Probe
 
@@ -203,7 +203,7 @@ def test_answers_over_biased_entries(backbone, prepared):
 
 def test_the_student_carries_what_the_method_in_the_server_says(backbone, prepared):
     context = prepared.inside(0, 16)
-    student = Dynamic.create(backbone, 4, 4, "both", 3)
+    student = MetaSoftStudent.create(backbone, 4, 4, "both", 3)
     student.calibrate(backbone, [context], 1)
     mass = student.probe(backbone, context).detach()
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_the_student_carries_what_the_method_in_the_server_says(backbone, prepar
         torch.testing.assert_close(
             student.carried(mass, refined), (mass * refined.softmax(-1)).sqrt(), atol=1e-6, rtol=1e-4
         )
-    bare = Dynamic.create(backbone, 4, 0, "both", 3)
+    bare = MetaSoftStudent.create(backbone, 4, 0, "both", 3)
     assert bare.carried(mass, bare.refine(mass, context, backbone)) is mass
 
 
@@ -219,7 +219,7 @@ def test_the_student_carries_what_the_method_in_the_server_says(backbone, prepar
 def scorer():
     generator = torch.Generator().manual_seed(5)
     module = EntryScorer(3, 2, 12, 4)
-    module.initialise(torch.zeros(3, 2, 20), torch.ones(3, 2, 20), generator)
+    module.initialize(torch.zeros(3, 2, 20), torch.ones(3, 2, 20), generator)
     return module
 
 
@@ -268,7 +268,7 @@ def test_the_server_ranks_as_training_does(scorer, at_boundary):
     method.consolidation = load_consolidation("key_bias")(method.config, None, None)
     biased = method.score_layer(LayerView(job, pool, q, lse, 1))
     assert torch.equal(biased.importance, scores.importance)
-    student = Dynamic.__new__(Dynamic)
+    student = MetaSoftStudent.__new__(MetaSoftStudent)
     torch.nn.Module.__init__(student)
     student.soft = method.soft_tokens
     torch.testing.assert_close(biased.mass, student.carried(scores.mass, scores.importance.log()))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from sglang_metasoft import cli
-from sglang_metasoft.soft_tokens import SoftTokens
+from sglang_metasoft.compressor.soft_tokens import SoftTokens
 from sglang_metasoft.train import checkpoint
 from sglang_metasoft.train.backbone import Backbone
 from sglang_metasoft.train.command import train

@@ -11,15 +11,17 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from metasoft_patches.adapters import load_adapter
-from metasoft_patches.compressor import SchedulerCompressor
-from metasoft_patches.fence import LaunchFence
-from metasoft_patches.matching import PrefixMatcher
-from metasoft_patches.namespaces import Namespaces
-from metasoft_patches.ranks import Ranks
-from metasoft_patches.request import RequestState
-from metasoft_patches.scheduler import SchedulerHooks
-from metasoft_patches.stages import StageRunner
+from metasoft_patches.adapter import load_adapter
+from metasoft_patches.cache.commit import Committer
+from metasoft_patches.cache.namespaces import Namespaces
+from metasoft_patches.cache.radix import make_factory
+from metasoft_patches.cache.request import RequestState
+from metasoft_patches.forward.runner import ProbeRunner
+from metasoft_patches.scheduler.compressor import SchedulerCompressor
+from metasoft_patches.scheduler.fence import LaunchFence
+from metasoft_patches.scheduler.hooks import SchedulerHooks
+from metasoft_patches.scheduler.matching import PrefixMatcher
+from metasoft_patches.scheduler.ranks import Ranks
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
@@ -30,12 +32,10 @@ from sglang.srt.runtime_context import publish
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 
-from sglang_metasoft.commit import Committer
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.radix import make_factory
 
 
-class NotingStages(StageRunner):
+class NotingStages(ProbeRunner):
     """Writes into new slots which tokens shaped them, by the jobs of the real stages."""
 
     def __init__(self, machine: "Machine") -> None:
@@ -134,11 +134,11 @@ class Machine:
         """Match and prefill the requests in one batch, or chunk by chunk."""
         for req in reqs:
             self.match(req)
-            req.metasoft.reused_tokens = req.metasoft.chain.tokens if req.metasoft.chain else 0
+            req.metasoft.reused_tokens = req.metasoft.compressed.tokens if req.metasoft.compressed else 0
             req.lock = self.tree.lock(req.last_node)
-            prefix = self.tree.path_device_indices(req.last_node)[: req.prefix_len]
+            found = self.tree.path_device_indices(req.last_node)[: req.prefix_len]
             self.rows.alloc([req])
-            self.rows.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), prefix.to(torch.int32))
+            self.rows.write((req.kv.req_pool_idx, slice(0, req.prefix_len)), found.to(torch.int32))
             self.check_row(req, req.prefix_len)
         waiting = list(reqs)
         while waiting:
@@ -225,7 +225,7 @@ class Machine:
             assert len(note) <= len(ids) and _equal(note, ids[: len(note)]), "shaped by tokens not of this prompt"
 
     def check_idle(self) -> None:
-        """Nothing is lost, nothing is locked; chains that are in the tree hold what their length says."""
+        """Nothing is lost, nothing is locked; prefixes that are in the tree hold what their length says."""
         assert self.allocator.available_size() + self.tree.evictable_size() == self.slots
         assert self.tree.protected_size() == 0
         assert len(self.rows.free_slots) == self.rows.size

@@ -2,10 +2,10 @@
 
 import torch
 
+from sglang_metasoft.compressor.soft_tokens import SoftTokens
+from sglang_metasoft.compressor.static_tokens import StaticTokens
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.methods import load_method
-from sglang_metasoft.soft_tokens import SoftTokens
-from sglang_metasoft.static_tokens import StaticTokens
 from sglang_metasoft.types import Job, LayerPool, LayerView, ModelShape, Plan, Probe, Prompt, Rope
 
 SHAPE = ModelShape("tiny", 1000, 48, 2, 6, 3, 16)

@@ -3,15 +3,14 @@
 from array import array
 from types import SimpleNamespace
 
-from metasoft_patches.request import RequestState
+from metasoft_patches.cache.prefix_index import FIRST_VIRTUAL_ID
+from metasoft_patches.cache.request import RequestState
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_metasoft.chains import FIRST_VIRTUAL_ID
 
-
-def make_chain(tokens: int, slots: int) -> SimpleNamespace:
-    """A chain of ``slots`` entries that stands for ``tokens`` tokens, as far as a request asks for it."""
+def make_prefix(tokens: int, slots: int) -> SimpleNamespace:
+    """A prefix of ``slots`` entries that stands for ``tokens`` tokens, as far as a request asks for it."""
     ids = array("q", range(FIRST_VIRTUAL_ID, FIRST_VIRTUAL_ID + slots))
     return SimpleNamespace(tokens=tokens, slots=slots, offset=tokens - slots, virtual_ids=ids)
 

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("sglang")
-from metasoft_patches.adapters import load_adapter
-from metasoft_patches.admission import Admission
-from metasoft_patches.chunks import ChunkGuard
+from metasoft_patches.adapter import load_adapter
+from metasoft_patches.scheduler.admission import Admission
+from metasoft_patches.scheduler.chunked_prefill import ChunkedPrefillGuard
 
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.types import Bypass, BypassLifetime
-from tests.unit.sglang_requests import make_chain, make_request
+from tests.unit.sglang_requests import make_prefix, make_request
 
 CONTEXT = 131_072
 
@@ -36,14 +36,14 @@ def test_a_prompt_that_is_ended_is_not_planned_any_more(failure):
     """One more token of it runs: a plan for the whole prompt would reach past the end of its row."""
     req, config = make_request(4000), MetaSoftConfig(during_prefill=True)
     state = req.metasoft
-    state.use_chain(req, make_chain(2000, 500))
+    state.use_prefix(req, make_prefix(2000, 500))
     if failure:
         state.set_bypass(failure, BypassLifetime.CHUNK)
     req.refresh_fill_ids()
     req.prefix_len = 2306 - state.offset
     state.make_plan(config, 1)
     assert state.plan.end_slots > req.prefix_len + 1
-    ChunkGuard(scheduler=None, adapter=load_adapter())._end(req)
+    ChunkedPrefillGuard(scheduler=None, adapter=load_adapter())._end(req)
     assert len(req.full_untruncated_fill_ids) == req.prefix_len + 1 and req.to_finish.status_code == 503
     for tokens in (None, 4000, 2307):
         state.make_plan(config, 1, tokens)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sglang_metasoft.clock import StageClock
+from sglang_metasoft.pipeline.clock import StageClock
 
 
 def test_a_stage_is_reported_once_with_the_time_of_all_layers():

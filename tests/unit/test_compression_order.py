@@ -8,10 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("sglang")
-from metasoft_patches import compressor as module
-from metasoft_patches.compressor import Chosen, SchedulerCompressor
-from metasoft_patches.fence import LaunchFence
-from metasoft_patches.ranks import Guard, InStepFault, Outcome
+from metasoft_patches.scheduler import compressor as module
+from metasoft_patches.scheduler.compressor import Chosen, SchedulerCompressor
+from metasoft_patches.scheduler.fence import LaunchFence
+from metasoft_patches.scheduler.ranks import Guard, InStepFault, Outcome
 
 from sglang_metasoft.types import Bypass, Plan
 

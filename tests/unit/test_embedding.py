@@ -4,10 +4,10 @@ import pytest
 import torch
 
 pytest.importorskip("sglang")
-from metasoft_patches.embedding import SharedEmbedding
+from metasoft_patches.forward.embedding import SharedEmbedding
 
 from sglang_metasoft.config import METHODS
-from sglang_metasoft.probe import make_probe
+from sglang_metasoft.pipeline.probe import make_probe
 from sglang_metasoft.types import Prompt
 from tests.unit.methods import SHAPE, make_method
 

@@ -12,7 +12,7 @@ from sglang_metasoft.hf.model import PREFILL_CHUNK_TOKENS, HFModel, LayerKV
 from sglang_metasoft.hf.shape import read_shape
 from sglang_metasoft.inspect.model import InspectedModel
 from sglang_metasoft.methods import load_method
-from sglang_metasoft.policy import plan_span
+from sglang_metasoft.pipeline.plan import plan_span
 from sglang_metasoft.train.backbone import Backbone, Layers
 from sglang_metasoft.types import ModelShape
 

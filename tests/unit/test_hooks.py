@@ -8,9 +8,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 pytest.importorskip("sglang")
-from metasoft_patches import install
-from metasoft_patches.install import register_hooks, verify_hooks
-from metasoft_patches.targets import Target
+from metasoft_patches.hooks import install
+from metasoft_patches.hooks.install import register_hooks, verify_hooks
+from metasoft_patches.hooks.targets import Target
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 MODULE = "hooked_module"
@@ -184,8 +184,8 @@ def test_each_process_verifies_its_own_hooks(host):
 
 
 def test_the_real_target_that_was_lost(monkeypatch):
-    """Another plugin's timer around ``ForwardBatch.init_new`` cost every token after a chain its position."""
-    from metasoft_patches.adapters import load_adapter
+    """Another plugin's timer around ``ForwardBatch.init_new`` cost every token after a prefix its position."""
+    from metasoft_patches.adapter import load_adapter
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     monkeypatch.setattr(ForwardBatch, "init_new", ForwardBatch.__dict__["init_new"])  # put back afterwards

@@ -17,7 +17,7 @@ from sglang_metasoft.inspect.inspection import pack
 from sglang_metasoft.inspect.model import InspectedModel
 from sglang_metasoft.inspect.page import script_json
 from sglang_metasoft.inspect.prompt import read_prompt
-from sglang_metasoft.policy import plan_span
+from sglang_metasoft.pipeline.plan import plan_span
 
 
 @pytest.fixture(scope="module")

@@ -140,9 +140,9 @@ def test_the_fit_is_the_ridge_regression():
     rope = TinyModel(CPU).rope()
     ids = range(1024)
     for layer, q in enumerate(TinyModel(CPU).queries(torch.empty(len(ids)))):
-        centre = rotate(q, rope, 0, backwards=True)[FIRST_TOKENS:]
+        center = rotate(q, rope, 0, backwards=True)[FIRST_TOKENS:]
         for g in range(SHAPE.num_kv_heads):
-            rows = torch.cat([rotate_all(centre, rope, n)[:, 2 * g : 2 * g + 2].reshape(-1, D) for n in AHEAD_TOKENS])
+            rows = torch.cat([rotate_all(center, rope, n)[:, 2 * g : 2 * g + 2].reshape(-1, D) for n in AHEAD_TOKENS])
             gram = rows.T @ rows
             ridge = 0.01 * gram.diagonal().mean() * torch.eye(D)
             expected = torch.linalg.solve(gram + ridge, rows.sum(0))

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("sglang")
-from metasoft_patches import lora, stages
-from metasoft_patches.cpu_lora import PageableMemory
-from metasoft_patches.probe_forward import ProbeBackend, run_probe
+from metasoft_patches.cpu.lora import PageableMemory
+from metasoft_patches.forward import lora
+from metasoft_patches.forward import runner as stages
+from metasoft_patches.forward.probe import ProbeBackend, run_probe
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
@@ -143,9 +144,9 @@ def test_each_adapter_has_its_own_consolidation_until_it_is_unloaded(name, monke
     consolidation_class = load_consolidation(name)
     if name == "key_bias":
         monkeypatch.setattr(consolidation_class, "prepare", lambda self, model: asked.append(model.lora_id))
-    monkeypatch.setattr(stages, "LoadedModel", lambda scheduler, adapter, embed, lora_id: Model(lora_id))
+    monkeypatch.setattr(stages, "SGLangModel", lambda scheduler, adapter, embed, lora_id: Model(lora_id))
     adapters = {"a": None, "b": None}
-    runner = stages.StageRunner.__new__(stages.StageRunner)
+    runner = stages.ProbeRunner.__new__(stages.ProbeRunner)
     runner.scheduler = runner.adapter = None
     runner.runner = SimpleNamespace(lora_manager=SimpleNamespace(loras=adapters))
     runner.method = SimpleNamespace(consolidation=consolidation_class(None, None, None))

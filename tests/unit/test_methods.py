@@ -12,8 +12,8 @@ from sglang_metasoft.consolidations import load_consolidation
 from sglang_metasoft.consolidations.calibration import CALIBRATION_TOKENS
 from sglang_metasoft.methods import load_method
 from sglang_metasoft.methods.expected_attention import FUTURE_TOKENS, mean_rotation
-from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.probe import make_probe
+from sglang_metasoft.pipeline.layer import compress_layer
+from sglang_metasoft.pipeline.probe import make_probe
 from sglang_metasoft.rope import rotate
 from sglang_metasoft.types import Job, LayerView, Plan, Probe, Rope
 from tests.unit.methods import (

@@ -8,11 +8,11 @@ from metasoft_kernels.probe.fused import attend
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_metasoft.batch import FusedBatch
 from sglang_metasoft.config import CONSOLIDATIONS, METHODS
 from sglang_metasoft.consolidations import load_consolidation
-from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.probe import make_probe
+from sglang_metasoft.pipeline.batch import FusedBatch
+from sglang_metasoft.pipeline.layer import compress_layer
+from sglang_metasoft.pipeline.probe import make_probe
 from sglang_metasoft.types import Job, Plan, Prompt
 from tests.kernels.launches import record
 from tests.unit.methods import KEPT, SHAPE, TAIL, make_job, make_method, make_pool, make_prompt, make_tensors

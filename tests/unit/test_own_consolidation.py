@@ -4,12 +4,12 @@ import pytest
 import torch
 from metasoft_kernels.merge import gather
 
-from sglang_metasoft.batch import is_fused
 from sglang_metasoft.config import CONSOLIDATIONS, MetaSoftConfig
 from sglang_metasoft.consolidations import load_consolidation
 from sglang_metasoft.consolidations.base import Consolidation
-from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.probe import make_probe
+from sglang_metasoft.pipeline.batch import is_fused
+from sglang_metasoft.pipeline.layer import compress_layer
+from sglang_metasoft.pipeline.probe import make_probe
 from sglang_metasoft.types import MergedKV
 from tests.unit.methods import CPU, KEPT, SHAPE, TinyModel, make_job, make_method, make_pool, make_prompt, make_tensors
 

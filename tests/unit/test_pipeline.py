@@ -5,7 +5,7 @@ import torch
 
 from sglang_metasoft.config import METHODS, MetaSoftConfig
 from sglang_metasoft.methods.base import Method
-from sglang_metasoft.pipeline import compress_layer
+from sglang_metasoft.pipeline.layer import compress_layer
 from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Scores
 from tests.unit.methods import make_method, make_view
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 pytest.importorskip("sglang")
-from metasoft_patches.adapters import load_adapter
+from metasoft_patches.adapter import load_adapter
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_metasoft.config import MetaSoftConfig
-from tests.unit.sglang_requests import make_chain, make_request
+from tests.unit.sglang_requests import make_prefix, make_request
 
 if version("sglang") == "0.5.17":
     pytest.skip("SGLang 0.5.17 wants a whole model runner to make a ForwardBatch", allow_module_level=True)
@@ -35,14 +35,14 @@ def make_batch(mode: ForwardMode, offsets: list[int | None], rows: list[int], **
     """A batch of requests whose rows have these lengths.
 
     Args:
-        offsets: how much shorter a request's chain is than what it stands for; None: not known to MetaSoft.
+        offsets: how much shorter a request's prefix is than what it stands for; None: not known to MetaSoft.
     """
     reqs = [make_request(5000) for _ in offsets]
     for req, offset in zip(reqs, offsets, strict=True):
         if offset is None:
             del req.metasoft
         elif offset:
-            req.metasoft.use_chain(req, make_chain(offset + 100, 100))
+            req.metasoft.use_prefix(req, make_prefix(offset + 100, 100))
     lengths = torch.tensor(rows)
     return ScheduleBatch(
         reqs=reqs, forward_mode=mode, device="cpu", spec_algorithm=SpeculativeAlgorithm.NONE,

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("sglang")
-from metasoft_patches.scheduler import SchedulerHooks
+from metasoft_patches.scheduler.hooks import SchedulerHooks
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.logprob_result_processor import SchedulerLogprobResultProcessor
 
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.types import Bypass
-from tests.unit.sglang_requests import make_chain, make_request
+from tests.unit.sglang_requests import make_prefix, make_request
 
 MODEL = SimpleNamespace(vocab_size=49152)
 RUNNER = SimpleNamespace(lora_manager=None)
@@ -53,9 +53,9 @@ def compress(req, config: MetaSoftConfig, page_size: int, ends: list[int], bound
     for end in ends:
         state.make_plan(config, page_size, end)
         while state.plan is not None:
-            before = state.chain or make_chain(0, 0)
-            chain = make_chain(before.tokens + state.plan.span_tokens, before.slots + state.plan.kept_slots)
-            req.origin_input_ids = state.set_chain(req, chain)
+            before = state.compressed or make_prefix(0, 0)
+            prefix = make_prefix(before.tokens + state.plan.span_tokens, before.slots + state.plan.kept_slots)
+            req.origin_input_ids = state.set_compressed(req, prefix)
             spans += 1
             state.make_plan(config, page_size, end)
     return spans
@@ -84,7 +84,7 @@ def returned_ids(req, start: int) -> list[int]:
 def test_a_boundary_in_the_window_gives_way(prompt_tokens, start, boundary, options, ratio, span):
     config = MetaSoftConfig(ratio=ratio)
     req = arrive(config, prompt_tokens, start, options)
-    assert compress(req, config, 1, [prompt_tokens], boundary) == 1 and req.metasoft.chain.tokens == span
+    assert compress(req, config, 1, [prompt_tokens], boundary) == 1 and req.metasoft.compressed.tokens == span
     assert returned_ids(req, start) == list(req.metasoft.prompt_ids[start:])
 
 
@@ -122,5 +122,5 @@ def test_every_returned_id_is_the_prompts_own(data):
     req = arrive(config, prompt_tokens, start, options)
     ends = [*range(chunk, prompt_tokens, chunk), prompt_tokens]
     spans = compress(req, config, page_size, ends, boundary)
-    assert not spans or req.metasoft.chain.tokens <= start
+    assert not spans or req.metasoft.compressed.tokens <= start
     assert returned_ids(req, start) == list(req.metasoft.prompt_ids[start:])

@@ -24,13 +24,13 @@ def serve(machine, ids, outputs=(1, 2), **fields):
 def test_a_prompt_that_sglang_keeps_out_of_the_tree_leaves_nothing(page, chunk, keep_raw):
     machine = Machine(6400, page, chunk, keep_raw=keep_raw, during_prefill=True)
     state = serve(machine, PROMPT, keeps_out=True)
-    assert state.chain is not None  # compressed all the same
-    assert machine.tree.evictable_size() == 0 and len(machine.tree.chains) == machine.tree.chains.num_tokens == 0
+    assert state.compressed is not None  # compressed all the same
+    assert machine.tree.evictable_size() == 0 and len(machine.tree.prefixes) == machine.tree.prefixes.num_tokens == 0
     # Nor does it disturb what others have left, which it may read.
-    left = serve(machine, PROMPT), machine.tree.evictable_size(), len(machine.tree.chains)
+    left = serve(machine, PROMPT), machine.tree.evictable_size(), len(machine.tree.prefixes)
     again = serve(machine, PROMPT + [7] * 800, keeps_out=True)
-    assert again.reused_tokens > 0 and again.chain.tokens > left[0].chain.tokens
-    assert (machine.tree.evictable_size(), len(machine.tree.chains)) == left[1:]
+    assert again.reused_tokens > 0 and again.compressed.tokens > left[0].compressed.tokens
+    assert (machine.tree.evictable_size(), len(machine.tree.prefixes)) == left[1:]
 
 
 @pytest.mark.parametrize("policy", ["lru", "priority"])
@@ -47,7 +47,7 @@ def test_a_client_cannot_pin_its_prefix(policy):
 
 
 @pytest.mark.parametrize("priority", [None, -(1 << 63)])
-def test_raw_twins_go_before_any_chain(priority):
+def test_raw_twins_go_before_any_prefix(priority):
     """Ten prompts of 1,500 tokens in a pool that holds one raw and six others compressed."""
     machine = Machine(4400, eviction_policy="lru" if priority is None else "priority")
     prompts = [[start + i for i in range(1500)] for start in range(0, 20_000, 2000)]
@@ -61,10 +61,10 @@ def test_raw_twins_go_before_any_chain(priority):
 def test_a_prompt_without_output_is_compressed_and_read_as_any_other(max_new_tokens):
     machine = Machine(6400)
     warm = serve(machine, PROMPT, [5], max_new_tokens=max_new_tokens)
-    assert warm.chain is not None and warm.report().get("metasoft_bypass") is None
-    assert serve(machine, PROMPT, [5], max_new_tokens=max_new_tokens).reused_tokens == warm.chain.tokens
+    assert warm.compressed is not None and warm.report().get("metasoft_bypass") is None
+    assert serve(machine, PROMPT, [5], max_new_tokens=max_new_tokens).reused_tokens == warm.compressed.tokens
     question = serve(machine, [*PROMPT, 7, 8, 9])
-    assert question.reused_tokens == warm.chain.tokens  # its probe saw nothing but the document
+    assert question.reused_tokens == warm.compressed.tokens  # its probe saw nothing but the document
 
 
 @pytest.mark.parametrize("keep_raw", [True, False], ids=["keep-raw", "free-raw"])
@@ -74,8 +74,8 @@ def test_equal_prompts_of_one_batch_are_probed_once(page, chunk, keep_raw):
     machine = Machine(9600, page, chunk, keep_raw=keep_raw)
     reqs = [machine.arrive(PROMPT) for _ in range(4)]
     machine.prefill(*reqs)
-    assert machine.compressor.stages.num_probes == 1 and len(machine.tree.chains) == 1
-    rows = [machine.compressor.committer.row(req)[: req.metasoft.chain.slots].tolist() for req in reqs]
+    assert machine.compressor.stages.num_probes == 1 and len(machine.tree.prefixes) == 1
+    rows = [machine.compressor.committer.row(req)[: req.metasoft.compressed.slots].tolist() for req in reqs]
     assert all(row == rows[0] for row in rows)  # one copy, whole, in the tree
     for number, req in enumerate(reqs):
         machine.decode(req, [number, 5, 6])

@@ -5,8 +5,8 @@ import torch
 from metasoft_kernels.probe import attend
 
 from sglang_metasoft.consolidations.reread import RUN_TOKENS, with_reread
-from sglang_metasoft.pipeline import compress_layer
-from sglang_metasoft.probe import make_probe
+from sglang_metasoft.pipeline.layer import compress_layer
+from sglang_metasoft.pipeline.probe import make_probe
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe, Prompt
 from tests.unit.methods import make_method
 

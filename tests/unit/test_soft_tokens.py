@@ -1,12 +1,14 @@
 """Soft tokens: orthonormal library, determinism, and a compressor's files."""
 
+import inspect
 import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sglang_metasoft.soft_tokens import SoftTokens, check_compressor
+from sglang_metasoft.compressor.files import SIZES, check_compressor, tensor_shapes
+from sglang_metasoft.compressor.soft_tokens import SoftTokens
 from sglang_metasoft.types import ModelShape
 
 SHAPE = ModelShape("tiny", vocab_size=1000, hidden_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=12)
@@ -56,7 +58,7 @@ def test_each_soft_token_is_a_convex_mix_of_few_rows(soft, embed):
 
 def test_long_spans_are_embedded_in_blocks(soft, embed, monkeypatch):
     whole = soft.features(embed, ids(1), ids(2, 10))
-    monkeypatch.setattr("sglang_metasoft.soft_tokens.EMBED_BLOCK_TOKENS", 7)
+    monkeypatch.setattr("sglang_metasoft.compressor.soft_tokens.EMBED_BLOCK_TOKENS", 7)
     torch.testing.assert_close(soft.features(embed, ids(1), ids(2, 10)), whole)
 
 
@@ -134,3 +136,15 @@ def test_a_path_that_is_neither_folder_nor_hub_id_is_refused(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="'no/such' is no directory, not shipped .*, and could not be downloaded"):
         check_compressor("no/such", SHAPE)
+
+
+@pytest.mark.parametrize("scorer", [0, 19])
+def test_the_format_is_what_the_module_holds(scorer):
+    """Written out as data in ``files.py``: a file is checked against it before any tensor is read."""
+    sizes = dict(
+        hidden_size=11, rows=7, count=5, num_layers=3, num_kv_heads=2, trunk=13, query=17, top=4, scorer=scorer,
+        head_dim=23,
+    )  # fmt: skip
+    assert tuple(sizes) == SIZES["metasoft"] == tuple(inspect.signature(SoftTokens).parameters)
+    held = {name: tuple(tensor.shape) for name, tensor in SoftTokens(**sizes).state_dict().items()}
+    assert tensor_shapes("metasoft", sizes) == held

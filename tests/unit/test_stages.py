@@ -49,7 +49,7 @@ def test_importance_is_the_mean_probability_and_all_mass_is_accounted_for(entrie
     torch.testing.assert_close(mass.sum(1) + expected_rest, torch.ones(groups))
 
 
-def test_quantised_entries_are_scaled_on_reading():
+def test_quantized_entries_are_scaled_on_reading():
     k, v, slots = make_pool(50, 2, 64)
     q, new = torch.randn(3, 4, 64), torch.randn(3, 2, 64)
     plain = attend(q, k, v, slots, new, new, 0.125)

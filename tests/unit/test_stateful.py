@@ -1,7 +1,7 @@
 """Any order of arrivals, steps, retractions, aborts, evictions and weight updates, with SGLang's own admission.
 
-What is compared with is slow and knows nothing of chains: which tokens shaped each slot (``machine``), a list of all
-chains that were ever indexed, and sums over the rows of all running requests.
+What is compared with is slow and knows nothing of prefixes: which tokens shaped each slot (``machine``), a list of all
+prefixes that were ever indexed, and sums over the rows of all running requests.
 """
 
 from types import SimpleNamespace
@@ -20,8 +20,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from metasoft_patches.admission import Admission
-from metasoft_patches.chunks import ChunkGuard
+from metasoft_patches.scheduler.admission import Admission
+from metasoft_patches.scheduler.chunked_prefill import ChunkedPrefillGuard
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 
@@ -64,14 +64,14 @@ class Serving(RuleBasedStateMachine):
         scheduler.chunked_prefill_size, scheduler.max_total_num_tokens = self.chunk, self.pool
         scheduler.max_req_input_len, scheduler.model_config = self.pool, SimpleNamespace(context_len=CONTEXT)
         hooks.admission = Admission(scheduler, hooks.config, hooks.adapter)
-        hooks.chunk_guard = ChunkGuard(scheduler, hooks.adapter)
+        hooks.prefill_guard = ChunkedPrefillGuard(scheduler, hooks.adapter)
         self.waiting, self.chunked, self.indexed, self.sent = [], None, [], []
-        index = self.machine.tree.chains
+        index = self.machine.tree.prefixes
         add = index.add
 
-        def noting(tenant, namespace, chain, ids):
-            self.indexed.append((chain, namespace, ids[: chain.required_tokens]))
-            return add(tenant, namespace, chain, ids)
+        def noting(tenant, namespace, prefix, ids):
+            self.indexed.append((prefix, namespace, ids[: prefix.required_tokens]))
+            return add(tenant, namespace, prefix, ids)
 
         index.add = noting
 
@@ -186,7 +186,7 @@ class Serving(RuleBasedStateMachine):
     @rule()
     def update_weights(self):
         self.machine.compressor.namespaces.generation += 1
-        self.machine.tree.chains.clear()
+        self.machine.tree.prefixes.clear()
 
     # -- what must hold ------------------------------------------------------------------------------------------
 
@@ -197,16 +197,16 @@ class Serving(RuleBasedStateMachine):
     def match(self, req: Req) -> None:
         self.machine.match(req, self.machine.hooks.match_prefix)
         state = req.metasoft
-        ids, chain = self.machine.ids(req), state.chain
+        ids, prefix = self.machine.ids(req), state.compressed
         assert req.prefix_len + state.offset < len(ids)
-        if chain is None:
+        if prefix is None:
             assert req.origin_input_ids is state.prompt_ids
             return
-        assert req.prefix_len >= chain.slots, "a chain that the tree does not hold was named"
+        assert req.prefix_len >= prefix.slots, "a prefix that the tree does not hold was named"
         namespace = self.machine.compressor.namespaces.namespace(req)
-        required = next(ids for known, owner, ids in self.indexed if known is chain and owner == namespace)
+        required = next(ids for known, owner, ids in self.indexed if known is prefix and owner == namespace)
         assert ids[: len(required)] == required
-        assert req.origin_input_ids == chain.virtual_ids + state.prompt_ids[chain.tokens :]
+        assert req.origin_input_ids == prefix.virtual_ids + state.prompt_ids[prefix.tokens :]
 
     def finish(self, req):
         self.running.remove(req)
@@ -232,7 +232,7 @@ class Serving(RuleBasedStateMachine):
         # A request may hold its lock for longer than it holds the node's slots: until it publishes again.
         assert tree.protected_size() >= len(locked)
         assert machine.allocator.available_size() + tree.evictable_size() + tree.protected_size() + owned == self.pool
-        assert tree.chains.num_tokens <= 8000
+        assert tree.prefixes.num_tokens <= 8000
 
     def teardown(self):
         if not hasattr(self, "machine"):

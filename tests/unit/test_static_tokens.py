@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang_metasoft.compressor.files import check_compressor
+from sglang_metasoft.compressor.soft_tokens import SoftTokens
+from sglang_metasoft.compressor.static_tokens import StaticTokens
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.methods import load_method
-from sglang_metasoft.soft_tokens import SoftTokens, check_compressor
-from sglang_metasoft.static_tokens import StaticTokens
 from sglang_metasoft.types import ModelShape, Prompt
 
 SHAPE = ModelShape("tiny", vocab_size=1000, hidden_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=12)

@@ -18,7 +18,7 @@ def length_of_question(rng: random.Random) -> int:
 @pytest.mark.parametrize("chunk", [None, 256], ids=["whole", "chunked"])
 @pytest.mark.parametrize("page", [1, 16])
 @pytest.mark.parametrize("during_prefill", [False, True], ids=["after", "during"])
-def test_no_chain_is_reused_whose_probe_saw_what_a_prompt_does_not_have(page, chunk, keep_raw, during_prefill):
+def test_no_prefix_is_reused_whose_probe_saw_what_a_prompt_does_not_have(page, chunk, keep_raw, during_prefill):
     rng = random.Random(repr((page, chunk, keep_raw, during_prefill)))
     machine = Machine(
         9600, page, chunk, min_tokens=MIN_TOKENS, keep_raw=keep_raw, during_prefill=during_prefill, index_tokens=20_000
@@ -48,8 +48,8 @@ def test_no_chain_is_reused_whose_probe_saw_what_a_prompt_does_not_have(page, ch
                 chats.append([*machine.ids(req)])
             machine.finish(req)
         machine.check_idle()
-    counts["chains"] = len(machine.tree.chains)
-    assert min(counts[what] for what in ("reused", "retracted", "chains")) >= 5, counts
+    counts["prefixes"] = len(machine.tree.prefixes)
+    assert min(counts[what] for what in ("reused", "retracted", "prefixes")) >= 5, counts
 
 
 @pytest.mark.parametrize("page", [1, 16])
@@ -65,10 +65,10 @@ def test_a_shared_document_has_a_segment_of_its_own_from_the_second_prompt_on(pa
         machine.prefill(req)
         reused.append(req.metasoft.reused_tokens)
         if number:
-            chain = req.metasoft.chain
-            while chain.parent is not None:
-                chain = chain.parent
-            assert chain.tokens == chain.required_tokens == whole
+            prefix = req.metasoft.compressed
+            while prefix.parent is not None:
+                prefix = prefix.parent
+            assert prefix.tokens == prefix.required_tokens == whole
         machine.decode(req, [1])
         machine.finish(req)
     assert reused == [0, 0, whole, whole]
@@ -76,7 +76,7 @@ def test_a_shared_document_has_a_segment_of_its_own_from_the_second_prompt_on(pa
 
 @pytest.mark.parametrize("page", [1, 16])
 @pytest.mark.parametrize("end", [0, -1], ids=["repeat", "last token differs"])
-def test_a_repeat_reuses_its_own_chain(page, end):
+def test_a_repeat_reuses_its_own_prefix(page, end):
     machine = Machine(6400, page)
     prompt = [*range(1500)]
     for number in range(2):

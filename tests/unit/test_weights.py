@@ -8,18 +8,18 @@ import pytest
 import torch
 
 pytest.importorskip("sglang")
-from metasoft_patches.adapters import load_adapter
-from metasoft_patches.compressor import SchedulerCompressor
-from metasoft_patches.contract import find, split
-from metasoft_patches.install import register_hooks, verify_hooks
-from metasoft_patches.scheduler import SchedulerHooks
-from metasoft_patches.stages import StageRunner
+from metasoft_patches.adapter import load_adapter
+from metasoft_patches.forward.runner import ProbeRunner
+from metasoft_patches.hooks.contract import find, split
+from metasoft_patches.hooks.install import register_hooks, verify_hooks
+from metasoft_patches.scheduler.compressor import SchedulerCompressor
+from metasoft_patches.scheduler.hooks import SchedulerHooks
 from sglang.srt.plugins.hook_registry import HookRegistry
 
+from sglang_metasoft.compressor.soft_tokens import SoftTokens
+from sglang_metasoft.compressor.static_tokens import StaticTokens
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.methods import load_method
-from sglang_metasoft.soft_tokens import SoftTokens
-from sglang_metasoft.static_tokens import StaticTokens
 from tests.unit.methods import CPU, SHAPE, TinyModel, make_prompt
 
 UPDATES = [target for target in load_adapter().targets if target.hook == "weights_changed"]
@@ -90,7 +90,7 @@ def test_each_kind_forgets_whether_it_succeeds_or_not(target, succeeds, monkeypa
     hooks = SchedulerHooks(MetaSoftConfig(), load_adapter())
     compressor = hooks.compressor = SchedulerCompressor.__new__(SchedulerCompressor)
     compressor.namespaces, forgotten = SimpleNamespace(generation=5), []
-    tree = SimpleNamespace(chains=SimpleNamespace(clear=lambda: forgotten.append("chains")))
+    tree = SimpleNamespace(prefixes=SimpleNamespace(clear=lambda: forgotten.append("prefixes")))
     compressor.committer, compressor.stages = SimpleNamespace(tree_cache=tree), SimpleNamespace(is_stale=False)
     register_hooks([target], hooks)
     HookRegistry.apply_hooks()
@@ -101,7 +101,7 @@ def test_each_kind_forgets_whether_it_succeeds_or_not(target, succeeds, monkeypa
          "shapes", "group_name", "serialized_named_tensors", "torch_empty_cache", "disable_draft_model"), None,
     ), selector="all")  # fmt: skip
     getattr(owner, name)(manager, request)
-    assert forgotten == ["chains"] and compressor.namespaces.generation == 6 and compressor.stages.is_stale
+    assert forgotten == ["prefixes"] and compressor.namespaces.generation == 6 and compressor.stages.is_stale
 
 
 # -- methods -------------------------------------------------------------------------------------------------------
@@ -131,7 +131,9 @@ def test_a_trained_method_follows_weights_that_fit_and_refuses_others(name, tmp_
     served = Served(tmp_path)
     method = served.method(name, trained=True, consolidation="key_bias")
     directions, identity, table = method.consolidation.directions, method.identity, served.table
-    monkeypatch.setattr("sglang_metasoft.soft_tokens.resolve_folder", None)  # the file, or the hub, is asked once
+    monkeypatch.setattr(
+        "sglang_metasoft.compressor.soft_tokens.resolve_folder", None
+    )  # the file, or the hub, is asked once
     served.table = table + 0.01 * table.std() * torch.randn_like(table)
     assert method.follow_weights(TinyModel(CPU)) is method and method.identity == identity
     assert method.consolidation.directions is not directions, "the queries are others too"
@@ -155,13 +157,13 @@ def test_untrained_soft_tokens_are_made_anew(tmp_path):
 
 def test_the_stages_note_weights_that_do_not_fit_and_recover(tmp_path, caplog):
     served = Served(tmp_path)
-    runner = StageRunner.__new__(StageRunner)
+    runner = ProbeRunner.__new__(ProbeRunner)
     runner.config, runner.scheduler, runner.adapter, runner.runner = MetaSoftConfig(), None, None, None
     runner.method, runner.unfit, runner.is_stale = served.method("metasoft", trained=True), None, True
     table = served.table
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metasoft_patches.stages.LoadedModel", lambda *args: TinyModel(CPU))
-        patch.setattr(StageRunner, "_embed", None)
+        patch.setattr("metasoft_patches.forward.runner.SGLangModel", lambda *args: TinyModel(CPU))
+        patch.setattr(ProbeRunner, "_embed", None)
         for fits in (True, False, False, True):
             served.table = table if fits else torch.randn_like(table)
             runner.is_stale = True

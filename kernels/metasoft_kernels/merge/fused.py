@@ -42,7 +42,7 @@ def attention_flow(
         target, weight: ``[G, sum N, m]`` from the routing stage.
         kept: the requests' rows on the kept axis.
         gate_scale: ``[G]`` float32 factor on the gate.
-        v_scale: what quantised pool entries are multiplied by on reading.
+        v_scale: what quantized pool entries are multiplied by on reading.
         dtype: of the result.
 
     Returns:

@@ -23,7 +23,7 @@ def move(
         kept: ``[G, B]`` int64.
         new_slots: ``[B]``, none of them among ``slots``.
         values: ``[B, G, d]`` merged values.
-        v_scale: what quantised pool entries are multiplied by on reading.
+        v_scale: what quantized pool entries are multiplied by on reading.
     """
     head = torch.arange(k_buffer.shape[1], device=k_buffer.device)
     sources = slots[kept].t()  # [B, G]
@@ -44,7 +44,7 @@ def add_to_keys(k_buffer: torch.Tensor, slots: torch.Tensor, moves: torch.Tensor
         k_buffer: ``[slots, G, d]`` one layer of the pool.
         slots: ``[B]``, each once.
         moves: ``[B, G, d]`` float32.
-        k_scale: what quantised pool entries are multiplied by on reading.
+        k_scale: what quantized pool entries are multiplied by on reading.
     """
     bits = torch.uint8 if k_buffer.dtype.itemsize == 1 else k_buffer.dtype
     keys = k_buffer.view(bits)[slots].view(k_buffer.dtype).float() * k_scale

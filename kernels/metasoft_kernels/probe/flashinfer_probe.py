@@ -90,8 +90,8 @@ class FlashInferProbe:
         self.planned = None
         with self.wrappers.next() as self.wrapper:
             self.wrapper.plan(
-                probe_starts, context_starts, slots.to(torch.int32), torch.ones(context.count, dtype=torch.int32),
-                heads, groups, head_dim, 1, causal=False, sm_scale=scale, q_data_type=self.dtype,
-                kv_data_type=self.dtype,
+                probe_starts, context_starts, slots.to(torch.int32),
+                torch.ones(context.num_requests, dtype=torch.int32), heads, groups, head_dim, 1, causal=False,
+                sm_scale=scale, q_data_type=self.dtype, kv_data_type=self.dtype,
             )  # fmt: skip
         self.planned = (slots, scale)

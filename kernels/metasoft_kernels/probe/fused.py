@@ -44,7 +44,7 @@ def attend(
     """
     groups = k_buffer.shape[1]
     blocks = triton.cdiv(probe.longest * (q.shape[1] // groups), _block_rows(q, probe, groups))
-    wanted = triton.cdiv(PROGRAMS, blocks * groups * context.count)
+    wanted = triton.cdiv(PROGRAMS, blocks * groups * context.num_requests)
     part_tokens = max(SHORTEST_PART, triton.cdiv(triton.cdiv(context.longest, wanted), 128) * 128)
     parts = triton.cdiv(context.longest, part_tokens)
     scratch = _scratch(q, parts)
@@ -75,7 +75,7 @@ def merge_with_self(
     scratch[0][0], scratch[1][0] = out, lse
     launch_parts(scratch, q, k_new, v_new, probe.starts, k_new, v_new, probe, probe, scale, 1.0, 1.0, 0, 1)
     # Every context counts as one part here: the one that was computed elsewhere.
-    return merge_parts(q, scratch, probe, torch.arange(probe.count + 1, dtype=torch.int32, device=q.device), 1)
+    return merge_parts(q, scratch, probe, torch.arange(probe.num_requests + 1, dtype=torch.int32, device=q.device), 1)
 
 
 def _block_rows(q: torch.Tensor, probe: Ragged, groups: int) -> int:
@@ -99,7 +99,7 @@ def launch_parts(
     block_entries = rows_for(d, q.dtype, most=64)
     blocks = triton.cdiv(probe.longest * (heads // groups), block_rows)
     out, lse = scratch
-    _attend_part[(blocks * (parts + 1), groups, probe.count)](
+    _attend_part[(blocks * (parts + 1), groups, probe.num_requests)](
         q, k_buffer, v_buffer, slots, k_new, v_new, out, lse, probe.starts, context.starts, q.stride(0),
         k_buffer.stride(0), v_buffer.stride(0), k_new.stride(0), v_new.stride(0), out.stride(0), lse.stride(0), parts,
         out.shape[0] - 1, part_tokens, scale, k_scale, v_scale, HEADS=heads, R=heads // groups, D=d, BLOCK_M=block_rows,
@@ -113,7 +113,7 @@ def merge_parts(q, scratch, probe, context_starts, part_tokens) -> tuple[torch.T
     part_out, part_lse = scratch
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    _merge_parts[(triton.cdiv(probe.longest * q.shape[1], MERGED_ROWS), probe.count)](
+    _merge_parts[(triton.cdiv(probe.longest * q.shape[1], MERGED_ROWS), probe.num_requests)](
         part_out, part_lse, out, lse, probe.starts, context_starts, part_out.stride(0), part_lse.stride(0),
         part_out.shape[0] - 1, part_tokens, HEADS=q.shape[1], D=q.shape[2], BLOCK_R=MERGED_ROWS,
         BLOCK_D=padded(q.shape[2]), num_warps=4,

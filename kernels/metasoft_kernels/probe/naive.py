@@ -24,7 +24,7 @@ def attend(
         slots: ``[C]`` the prompt's slots, in position order.
         k_new, v_new: ``[t, G, d]`` keys and values of the probe tokens; they are never written to the pool.
         scale: factor on q·k, usually ``d ** -0.5``.
-        k_scale, v_scale: what quantised pool entries are multiplied by on reading.
+        k_scale, v_scale: what quantized pool entries are multiplied by on reading.
 
     Returns:
         ``[t, H, d]`` attention output in ``q``'s dtype, and ``[t, H]`` float32 log-sum-exp of the scaled logits.

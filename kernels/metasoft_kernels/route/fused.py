@@ -51,7 +51,7 @@ def route(
     weight = torch.empty(shape, dtype=torch.float32, device=k_buffer.device)
     block_rows, block_kept = rows_for(d, dtype, most=64), rows_for(d, dtype)
     width = min(band or kept.longest, kept.longest)
-    _route[(triton.cdiv(dropped.longest, block_rows), groups, dropped.count)](
+    _route[(triton.cdiv(dropped.longest, block_rows), groups, dropped.num_requests)](
         k_buffer, slots, kept_rows, dropped_rows, target, weight, kept.starts, dropped.starts, kept.total,
         dropped.total, k_buffer.stride(0), scale, width, IS_BANDED=width < kept.longest, D=d,
         M=targets, BLOCK_R=block_rows, BLOCK_K=block_kept, BLOCK_D=padded(d), BLOCK_M=triton.next_power_of_2(targets),

@@ -22,7 +22,7 @@ def probability_blocks(
         slots: ``[S]`` slots of the span.
         lse: ``[t, H]`` log-sum-exp over everything the probe token saw.
         scale: factor on q·k.
-        k_scale: what quantised pool entries are multiplied by on reading.
+        k_scale: what quantized pool entries are multiplied by on reading.
         seen_tokens: span entries that probe token 0 sees before its own; each further one sees one more.
 
     Yields:

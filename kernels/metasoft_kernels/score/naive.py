@@ -19,7 +19,7 @@ def importance(
         slots: ``[S]`` slots of the span.
         lse: ``[t, H]`` log-sum-exp over everything the probe token saw, from the probe attention.
         scale: factor on q·k.
-        k_scale: what quantised pool entries are multiplied by on reading.
+        k_scale: what quantized pool entries are multiplied by on reading.
 
     Returns:
         ``[G, S]`` float32.

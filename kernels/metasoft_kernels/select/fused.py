@@ -33,7 +33,7 @@ def split_top(
         torch.empty(groups, axis.total, dtype=torch.int32, device=importance.device) for axis in (kept, dropped)
     )
     block = min(BLOCK, max(256, triton.next_power_of_2(span.longest)))
-    _split_top[(groups, span.count)](
+    _split_top[(groups, span.num_requests)](
         importance, sink_tokens, kept_rows, dropped_rows, span.starts, kept.starts, dropped.starts, span.total,
         kept.total, dropped.total, BLOCK=block, num_warps=8,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What SGLang 0.5.17 calls things; see :class:`sglang_metasoft.adapter.Adapter`."""
+"""What SGLang 0.5.17 calls things; see :class:`metasoft_patches.adapter.Adapter`."""
 
 import torch
 from sglang.srt.arg_groups.overrides import resolved_view
@@ -7,10 +7,10 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
+from metasoft_patches.adapter import Adapter
 from metasoft_patches.sglang_0_5_17 import hooks
 from metasoft_patches.sglang_0_5_17.radix import RadixCache
 from metasoft_patches.sglang_0_5_17.targets import TARGETS
-from sglang_metasoft.adapter import Adapter
 
 # Settings that later versions have: off.
 LATER_SETTINGS = {

@@ -3,7 +3,7 @@
 SGLang loads this while it is being imported itself: what it asks for is imported when it does.
 """
 
-from metasoft_patches.cpu_platform_class import TorchCpuPlatform
+from metasoft_patches.cpu.platform import TorchCpuPlatform
 
 
 class CpuPlatform(TorchCpuPlatform):

@@ -1,7 +1,7 @@
 """Hooks that only SGLang 0.5.17 has; names as in its ``targets.py``."""
 
-from metasoft_patches import scheduler
-from sglang_metasoft.headers import REPORT_FIELDS
+from metasoft_patches.http.headers import REPORT_FIELDS
+from metasoft_patches.scheduler import hooks as scheduler
 
 
 async def flatten_responses(original, manager, *args, **kwargs):

@@ -4,7 +4,7 @@ import contextlib
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from sglang_metasoft.radix import PrefixPolicy
+from metasoft_patches.cache.radix import PrefixPolicy
 
 
 class RadixCache(PrefixPolicy, UnifiedRadixCache):

@@ -1,6 +1,6 @@
 """Every place in SGLang 0.5.17 that MetaSoft hooks: what this version has of its own beside the common table."""
 
-from metasoft_patches.targets import Target, common_targets
+from metasoft_patches.hooks.targets import Target, common_targets
 
 TARGETS = (
     *common_targets(entry="generate_request", arrival="handle_generate_request"),

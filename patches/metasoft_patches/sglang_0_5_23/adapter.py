@@ -1,4 +1,4 @@
-"""What SGLang 0.5.23 calls things; see :class:`sglang_metasoft.adapter.Adapter`."""
+"""What SGLang 0.5.23 calls things; see :class:`metasoft_patches.adapter.Adapter`."""
 
 import contextlib
 
@@ -9,10 +9,10 @@ from sglang.srt.mem_cache.registry import create_unified_radix_cache
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.runtime_context import get_model
 
+from metasoft_patches.adapter import Adapter
 from metasoft_patches.sglang_0_5_23 import hooks
 from metasoft_patches.sglang_0_5_23.radix import RadixCache
 from metasoft_patches.sglang_0_5_23.targets import TARGETS
-from sglang_metasoft.adapter import Adapter
 
 
 class SGLangAdapter(Adapter):

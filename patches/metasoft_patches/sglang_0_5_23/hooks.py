@@ -1,7 +1,7 @@
 """Hooks that only SGLang 0.5.23 has; names as in its ``targets.py``."""
 
-from metasoft_patches import scheduler
-from sglang_metasoft.headers import REPORT_FIELDS
+from metasoft_patches.http.headers import REPORT_FIELDS
+from metasoft_patches.scheduler import hooks as scheduler
 
 
 def flatten_meta_info(original, manager, meta_info: dict, state, customized_info: dict, index: int, finish_reason):

@@ -42,7 +42,7 @@ QA_INSTRUCTION = (
 SHORT_TOKENS = 4096  # below it, RULER's word lists are less repetitive
 
 
-def _chain(rng: Random, letters: int) -> tuple[list[str], list[str], str]:
+def _prefix(rng: Random, letters: int) -> tuple[list[str], list[str], str]:
     names: list[str] = []
     while len(names) < VT_HOPS + 1:
         name = "".join(rng.choices(string.ascii_uppercase, k=letters))
@@ -54,10 +54,10 @@ def _chain(rng: Random, letters: int) -> tuple[list[str], list[str], str]:
 
 
 def _tracking(rng: Random, noise_lines: int, letters: int) -> tuple[str, Turn]:
-    names, chain, value = _chain(rng, letters)
+    names, prefix, value = _prefix(rng, letters)
     lines = [NOISE] * noise_lines
-    places = sorted(rng.sample(range(len(lines)), len(chain)))
-    for number, (place, line) in enumerate(zip(places, chain, strict=True)):
+    places = sorted(rng.sample(range(len(lines)), len(prefix)))
+    for number, (place, line) in enumerate(zip(places, prefix, strict=True)):
         lines.insert(place + number, line)
     document = VT_DOCUMENT + "\n".join(lines).replace(". \n", ".\n")
     turn = Turn(VT_QUESTION.format(value=value), tuple(names), VT_PREFIX.format(count=len(names), value=value))
@@ -65,7 +65,7 @@ def _tracking(rng: Random, noise_lines: int, letters: int) -> tuple[str, Turn]:
 
 
 def build_vt(request: Request) -> Draft:
-    """One chain of four hops in noise, after one worked example."""
+    """One prefix of four hops in noise, after one worked example."""
     example, shown = _tracking(request.rng, VT_EXAMPLE_LINES, 3)
     example += shown.question + shown.answer_prefix + " " + " ".join(shown.answers) + "\n"
     document, turn = _tracking(request.rng, request.size + VT_HOPS, 5)

@@ -28,7 +28,7 @@ def test_move(case, given):
 
 
 @pytest.mark.parametrize("dtype", FP8)
-def test_quantised_as_sglang_does(dtype):
+def test_quantized_as_sglang_does(dtype):
     """Divided by the scale in the model's type, then cast: what ``MHATokenToKVPool.set_kv_buffer`` does."""
     case = Case(64, 2, 1, 64, 1, dtype)
     pool = make_pool(case, [64])

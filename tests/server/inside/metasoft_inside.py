@@ -1,10 +1,10 @@
-"""A plugin for tests: injects faults into the compression, and checks tree, pool and chains whenever a server idles.
+"""A plugin for tests: injects faults into the compression, and checks tree, pool and prefixes whenever a server idles.
 
 ``tests/server/inside`` on ``PYTHONPATH`` loads it; ``METASOFT_INSIDE`` holds JSON: a ``seed``, and for each stage of
 ``STAGES`` the probability that it fails. A request whose id starts with ``inside-<stage>`` fails there for certain;
 with ``-rank<n>`` behind it, on that tensor-parallel rank alone. ``own_secrets``: each rank draws a secret of its own.
-One whose id starts with ``inside-corrupt`` spoils an entry of its chain, which the next check must notice; to one whose
-id starts with ``inside-window`` the tree seems to own all of its row.
+One whose id starts with ``inside-corrupt`` spoils an entry of its prefix, which the next check must notice; to one
+whose id starts with ``inside-window`` the tree seems to own all of its row.
 Each check writes one line, ``metasoft inside: ok ...`` or ``metasoft inside: BROKEN ...``, to the server's log.
 """
 
@@ -33,19 +33,18 @@ def register() -> None:
         ("Scheduler.on_idle", lambda result, scheduler: check_when_idle(scheduler)),
     ):
         HookRegistry.register(f"sglang.srt.managers.scheduler.{path}", hook, HookType.AFTER)
-    # Applied before the product's hook of the same function, on which every position after a chain depends.
+    # Applied before the product's hook of the same function, on which every position after a prefix depends.
     path = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
     HookRegistry.register(path, lambda original, *args, **kwargs: original(*args, **kwargs), HookType.AROUND)
 
 
 def install(result, *args, **kwargs) -> None:
     """AFTER ``configure_scheduler_process``: only here may the product's modules be imported."""
-    import metasoft_patches.compressor as compressor
-    import metasoft_patches.scheduler as scheduler
-    import metasoft_patches.stages as stages
-    from metasoft_patches.adapters import load_adapter
-
-    from sglang_metasoft.chains import ChainIndex
+    import metasoft_patches.forward.runner as stages
+    import metasoft_patches.scheduler.compressor as compressor
+    import metasoft_patches.scheduler.hooks as scheduler
+    from metasoft_patches.adapter import load_adapter
+    from metasoft_patches.cache.prefix_index import PrefixIndex
 
     settings = json.loads(os.environ.get("METASOFT_INSIDE", "{}"))
     faults = Faults(settings)
@@ -58,7 +57,7 @@ def install(result, *args, **kwargs) -> None:
         (stages, "compress_layer", faults.compress_layer),
         (compressor.Committer, "reserve", faults.reserve),
         (compressor.Committer, "write", faults.write),
-        (ChainIndex, "add", chain_added),
+        (PrefixIndex, "add", prefix_added),
         (type(load_adapter()), "protected_len", protected_len),
     ):
         setattr(owner, name, _wrapped(getattr(owner, name), wrapper))
@@ -119,7 +118,7 @@ class Faults:
         self.reqs = batch.reqs
         original(compressor, batch)
         if self._named("corrupt"):
-            spoil_last_chain(compressor.scheduler)
+            spoil_last_prefix(compressor.scheduler)
 
     def reserve(self, original, committer, num_slots):
         # Requests reserve one after the other; a named one's turn is not known, so all of its batch fail.
@@ -200,23 +199,24 @@ class Seen:
     scheduler = None
     state: tuple | None = None
     checks = 0
-    # The chain itself keeps its id from being used again.
+    # The prefix itself keeps its id from being used again.
     digests: dict[int, tuple] = {}
-    # The last virtual id of every segment there ever was. After an eviction another chain may bring back a segment that
-    # both start with, in one node with what follows there: the two then differ inside that node, at a segment's end.
+    # The last virtual id of every segment there ever was. After an eviction another prefix may bring back a segment
+    # that both start with, in one node with what follows there: the two then differ inside that node, at the end of a
+    # segment.
     segment_ends: set[int] = set()
 
 
-def chain_added(original, index, tenant, namespace, chain, ids):
-    """AROUND ``ChainIndex.add``, just after the commit: what the chain's entries are now, they must remain."""
-    known = original(index, tenant, namespace, chain, ids)
-    Seen.segment_ends.add(chain.virtual_ids[-1])
+def prefix_added(original, index, tenant, namespace, prefix, ids):
+    """AROUND ``PrefixIndex.add``, just after the commit: what the prefix's entries are now, they must remain."""
+    known = original(index, tenant, namespace, prefix, ids)
+    Seen.segment_ends.add(prefix.virtual_ids[-1])
     if Seen.scheduler is None:
         return known
     try:
         slots = live_slots(Seen.scheduler, namespace, known)
-        assert slots is not None, f"a chain of {known.slots} slots was indexed but is not in the tree"
-        assert is_finite(Seen.scheduler, slots), f"a chain of {known.slots} slots holds numbers that are not finite"
+        assert slots is not None, f"a prefix of {known.slots} slots was indexed but is not in the tree"
+        assert is_finite(Seen.scheduler, slots), f"a prefix of {known.slots} slots holds numbers that are not finite"
         Seen.digests[id(known)] = (known, digest(Seen.scheduler, slots))
     except AssertionError as error:
         logger.error("metasoft inside: BROKEN %s", error)
@@ -227,32 +227,32 @@ def check_when_idle(scheduler) -> None:
     """AFTER ``Scheduler.on_idle``: one check after each change of the scheduler's state."""
     Seen.scheduler = scheduler
     tree, allocator = scheduler.tree_cache, scheduler.token_to_kv_pool_allocator
-    if not hasattr(tree, "chains") or not scheduler.is_fully_idle():
+    if not hasattr(tree, "prefixes") or not scheduler.is_fully_idle():
         return
-    state = (scheduler.forward_ct, len(tree.chains), allocator.available_size(), tree.evictable_size())
+    state = (scheduler.forward_ct, len(tree.prefixes), allocator.available_size(), tree.evictable_size())
     if state == Seen.state:
         return
     Seen.state = state
     Seen.checks += 1
     problems = [*pool_problems(scheduler)]
-    chains = [(chain, namespace) for namespace, chain in tree.chains]
+    prefixes = [(prefix, namespace) for namespace, prefix in tree.prefixes]
     stale = 0
-    for chain, namespace in chains:
+    for prefix, namespace in prefixes:
         try:
-            slots = live_slots(scheduler, namespace, chain)
+            slots = live_slots(scheduler, namespace, prefix)
         except AssertionError as error:
             problems.append(str(error))
             continue
-        _, expected = Seen.digests.get(id(chain), (None, None))
+        _, expected = Seen.digests.get(id(prefix), (None, None))
         if slots is None:
             stale += 1
         elif expected is not None and digest(scheduler, slots) != expected:
-            problems.append(f"the entries of a chain of {chain.slots} slots have changed")
-    known = {id(chain) for chain, _ in chains}
+            problems.append(f"the entries of a prefix of {prefix.slots} slots have changed")
+    known = {id(prefix) for prefix, _ in prefixes}
     Seen.digests = {key: value for key, value in Seen.digests.items() if key in known}
-    names = hashlib.sha256(b"".join(sorted(chain.virtual_ids.tobytes() for chain, _ in chains))).hexdigest()[:8]
+    names = hashlib.sha256(b"".join(sorted(prefix.virtual_ids.tobytes() for prefix, _ in prefixes))).hexdigest()[:8]
     summary = (
-        f"check={Seen.checks} chains={len(chains)} stale={stale} free={allocator.available_size()} "
+        f"check={Seen.checks} prefixes={len(prefixes)} stale={stale} free={allocator.available_size()} "
         f"cached={tree.evictable_size()} pool={scheduler.max_total_num_tokens} names={names}"
     )
     if problems:
@@ -285,25 +285,25 @@ def pool_problems(scheduler):
         yield f"free and cached pages are not each page once; twice: {twice[:10]}, {len(pages)} of {total // page}"
 
 
-def live_slots(scheduler, namespace: tuple, chain) -> torch.Tensor | None:
-    """The slots that the tree holds for a chain, without touching the tree; None if any of them was evicted.
+def live_slots(scheduler, namespace: tuple, prefix) -> torch.Tensor | None:
+    """The slots that the tree holds for a prefix, without touching the tree; None if any of them was evicted.
 
     Raises:
         AssertionError: the tree holds something that eviction of whole nodes cannot have left.
     """
     tree = scheduler.tree_cache
-    matched, node_end, collect = match(tree, chain.virtual_ids, *tenant_of(namespace))
-    assert matched <= chain.slots, f"{matched} slots matched of a chain of {chain.slots}"
-    if matched < chain.slots:
-        is_segment_end = matched > 0 and chain.virtual_ids[matched - 1] in Seen.segment_ends
+    matched, node_end, collect = match(tree, prefix.virtual_ids, *tenant_of(namespace))
+    assert matched <= prefix.slots, f"{matched} slots matched of a prefix of {prefix.slots}"
+    if matched < prefix.slots:
+        is_segment_end = matched > 0 and prefix.virtual_ids[matched - 1] in Seen.segment_ends
         assert matched == node_end or is_segment_end, (
-            f"a chain of {chain.slots} slots differs from the tree within a segment, at {matched} of {node_end}"
+            f"a prefix of {prefix.slots} slots differs from the tree within a segment, at {matched} of {node_end}"
         )
         return None
     slots = collect()
-    assert len(slots) == node_end, f"the path to a chain of {chain.slots} slots holds {len(slots)}, not {node_end}"
+    assert len(slots) == node_end, f"the path to a prefix of {prefix.slots} slots holds {len(slots)}, not {node_end}"
     slots = slots[:matched]
-    assert len(slots.unique()) == matched, f"a chain of {chain.slots} slots holds a slot twice"
+    assert len(slots.unique()) == matched, f"a prefix of {prefix.slots} slots holds a slot twice"
     return slots
 
 
@@ -342,9 +342,9 @@ def tenant_of(namespace: tuple) -> tuple:
     return namespace[-3], namespace[-2]
 
 
-def spoil_last_chain(scheduler) -> None:
-    namespace, chain = list(scheduler.tree_cache.chains)[-1]
-    slots = live_slots(scheduler, namespace, chain)
+def spoil_last_prefix(scheduler) -> None:
+    namespace, prefix = list(scheduler.tree_cache.prefixes)[-1]
+    slots = live_slots(scheduler, namespace, prefix)
     scheduler.token_to_kv_pool_allocator.get_kvcache().get_key_buffer(0)[slots[-1]] += 1
 
 

@@ -1,0 +1,1 @@
+"""``sglang-metasoft doctor``: will it work on this machine, with this model?"""

@@ -1,0 +1,1 @@
+"""Where SGLang is hooked, how that is done and how it is checked."""

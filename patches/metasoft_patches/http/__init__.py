@@ -1,0 +1,1 @@
+"""Requests and responses: settings in headers, bounds, the outcome reported."""

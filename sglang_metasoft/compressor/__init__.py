@@ -1,0 +1,1 @@
+"""What training makes, and the files that hold it."""

@@ -1,8 +1,7 @@
-"""The stages of one layer for all jobs of a batch at once, with fused kernels: one launch per stage.
+"""The stages of one layer for all jobs of a batch: one launch per stage by fused kernels, or job by job.
 
-Same results as :func:`sglang_metasoft.pipeline.layer.compress_layer` job by job, but K and V are read where they lie,
-and what is written goes from pool to pool. Everything about lengths is known, and on the device,
-before the first layer.
+Both give the same results, and :func:`make_batch` chooses once. Fused, K and V are read where they lie, and what is
+written goes from pool to pool; everything about lengths is known, and on the device, before the first layer.
 """
 
 from collections.abc import Callable
@@ -17,11 +16,19 @@ from metasoft_kernels.select.fused import split_top
 from sglang_metasoft.consolidations.base import RoutedBatch
 from sglang_metasoft.methods.base import Method
 from sglang_metasoft.pipeline.clock import Clock, no_clock
-from sglang_metasoft.types import Job, LayerPool, LayerView
+from sglang_metasoft.pipeline.layer import compress_layer
+from sglang_metasoft.types import Job, LayerPool, LayerView, MergedKV
+
+
+class Merged(NamedTuple):
+    """What one layer of all jobs becomes, job by job."""
+
+    kept: list[torch.Tensor]  # of each job [G, B] int64, counted from the start of its span
+    entries: MergedKV  # [sum B, G, d] each
 
 
 class Consolidated(NamedTuple):
-    """What one layer of all jobs becomes."""
+    """What one layer of all jobs becomes, as far as it is not in the pool already."""
 
     kept_rows: torch.Tensor  # [G, sum B] int32, entries along the axis of all spans
     values: torch.Tensor | None  # [sum B, G, d] merged values; None: those of the kept entries
@@ -35,8 +42,56 @@ def is_fused(method: Method) -> bool:
     return method.needs_probe and consolidation.is_fused and not consolidation.needs_queries
 
 
-class FusedBatch:
+def make_batch(
+    jobs: list[Job], method: Method, attend: Callable | None, first_kv_head: int = 0
+) -> "FusedBatch | LoopedBatch":
     """The jobs whose prompts finish together.
+
+    Args:
+        attend: the probe's fused attention; None: every stage runs job by job, by the kernels that the setting names.
+    """
+    return (
+        LoopedBatch(jobs, method, first_kv_head) if attend is None else FusedBatch(jobs, method, attend, first_kv_head)
+    )
+
+
+class LoopedBatch:
+    """Every method and consolidation, job by job."""
+
+    def __init__(self, jobs: list[Job], method: Method, first_kv_head: int = 0) -> None:
+        self.jobs, self.method, self.first_kv_head = jobs, method, first_kv_head
+        self.lengths = [job.probe.embeds.shape[0] for job in jobs]
+        self.new_slots = torch.cat([job.new_slots for job in jobs])
+
+    def compress(
+        self,
+        q: torch.Tensor,
+        k_new: torch.Tensor,
+        v_new: torch.Tensor,
+        pool: LayerPool,
+        gate_scale,
+        layer: int,
+        clock: Clock = no_clock,
+    ) -> tuple[torch.Tensor, Merged, list[torch.Tensor]]:
+        """As :meth:`FusedBatch.compress`."""
+        q_of, k_of, v_of = (tensor.split(self.lengths) for tensor in (q, k_new, v_new))
+        outs, routes, merged, finite = zip(
+            *(
+                compress_layer(job, *own, pool, self.method, gate_scale, layer, self.first_kv_head, clock)
+                for job, own in zip(self.jobs, zip(q_of, k_of, v_of, strict=True), strict=True)
+            ),
+            strict=True,
+        )
+        entries = MergedKV(*(torch.cat(tensors) for tensors in zip(*merged, strict=True)))
+        return torch.cat(outs), Merged([route.kept for route in routes], entries), list(finite)
+
+    def kept_of_jobs(self, merged: Merged) -> list[torch.Tensor]:
+        """Each job's ``[G, B]`` int64 kept entries, counted from the start of its span."""
+        return merged.kept
+
+
+class FusedBatch:
+    """One launch per stage.
 
     Args:
         attend: as :func:`metasoft_kernels.probe.fused.attend`.
@@ -141,6 +196,6 @@ class FusedBatch:
             flags = [flag & is_finite[:, own].all() for flag, own in zip(flags, self.kept.ranges(), strict=True)]
         return flags
 
-    def kept_of_jobs(self, kept_rows: torch.Tensor) -> list[torch.Tensor]:
+    def kept_of_jobs(self, consolidated: Consolidated) -> list[torch.Tensor]:
         """Each job's ``[G, B]`` int64 kept entries, counted from the start of its span."""
-        return rows_of_each(kept_rows, self.kept, self.span)
+        return rows_of_each(consolidated.kept_rows, self.kept, self.span)

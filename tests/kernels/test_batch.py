@@ -66,7 +66,7 @@ def test_batch(name, consolidation, dtype):
         add_to_keys(pool.key, batch.new_slots, consolidated.key_moves, layer.key_scale)
     method = make_method(name, consolidation, "torch")
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
-    kept = batch.kept_of_jobs(consolidated.kept_rows)
+    kept = batch.kept_of_jobs(consolidated)
     inputs = zip(jobs, q.split(lengths), k.split(lengths), v.split(lengths), out.split(lengths), kept, strict=True)
     for job, *tensors, got, ours in inputs:
         expected, routes, merged, _ = compress_layer(job, *tensors, layer, method, gate)

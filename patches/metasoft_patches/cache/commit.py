@@ -13,8 +13,8 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from metasoft_patches.adapter import Adapter
 from metasoft_patches.cache.radix import PrefixPolicy
-from sglang_metasoft.pipeline.batch import Consolidated
-from sglang_metasoft.types import LayerPool, MergedKV, Plan
+from sglang_metasoft.pipeline.batch import Consolidated, FusedBatch, LoopedBatch, Merged
+from sglang_metasoft.types import LayerPool, Plan
 
 
 class Committer:
@@ -44,33 +44,31 @@ class Committer:
         """``[context]`` int32 view of the request's row in ``req_to_token``."""
         return self.req_to_token_pool.req_to_token[self.adapter.row_index(req)]
 
-    def write(self, layer, slots: torch.Tensor, merged: MergedKV) -> None:
-        """Write ``[B, G, d]`` consolidated entries of one layer into ``slots``.
+    def write(self, layer, pool: LayerPool, batch: FusedBatch | LoopedBatch, entries: Consolidated | Merged) -> None:
+        """Write one layer's consolidated entries of all jobs into their new slots.
 
         Args:
             layer: the model's ``RadixAttention``, for its id and its KV scales.
+            pool: the layer's buffers.
+            entries: what ``batch`` made of that layer.
         """
+        if isinstance(entries, Consolidated) and isinstance(batch, FusedBatch):  # straight from pool to pool
+            move(
+                pool.key, pool.value, batch.span_slots, entries.kept_rows, batch.new_slots, entries.values,
+                pool.value_scale,
+            )  # fmt: skip
+            if entries.key_moves is not None:
+                add_to_keys(pool.key, batch.new_slots, entries.key_moves, pool.key_scale)
+            return
+        assert isinstance(entries, Merged)
         # set_kv_buffer divides by the scales in place when it quantizes: these tensors are ours alone.
         self.pool.set_kv_buffer(
             layer,
-            self.adapter.write_location(slots),
-            merged.key,
-            merged.value,
+            self.adapter.write_location(batch.new_slots),
+            *entries.entries,
             layer.k_scale_float,
             layer.v_scale_float,
         )
-
-    def move(self, pool: LayerPool, span_slots: torch.Tensor, new_slots: torch.Tensor, into: Consolidated) -> None:
-        """Write one layer's consolidated entries of all jobs straight from pool to pool, as :meth:`write` would.
-
-        Args:
-            pool: the layer's buffers.
-            span_slots: ``[sum S]``; new_slots: ``[sum B]``.
-            into: what they become.
-        """
-        move(pool.key, pool.value, span_slots, into.kept_rows, new_slots, into.values, pool.value_scale)
-        if into.key_moves is not None:
-            add_to_keys(pool.key, new_slots, into.key_moves, pool.key_scale)
 
     def commit(
         self,

@@ -24,9 +24,8 @@ from metasoft_patches.transfer import to_device
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.consolidations import Consolidation
 from sglang_metasoft.methods import load_method
-from sglang_metasoft.pipeline.batch import FusedBatch
+from sglang_metasoft.pipeline.batch import make_batch
 from sglang_metasoft.pipeline.clock import StageClock, no_clock
-from sglang_metasoft.pipeline.layer import compress_layer
 from sglang_metasoft.pipeline.probe import make_probe
 from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Prompt
 
@@ -128,8 +127,8 @@ class ProbeRunner:
         finite: list[list[torch.Tensor]] = [[] for _ in jobs]
         batch = None
         with guard():
-            batch = self._fused_batch(jobs) if guard.error is None else None
-        lengths = [job.probe.embeds.shape[0] for job in jobs]
+            if guard.error is None:
+                batch = make_batch(jobs, self.method, self.kernels.attend, self.first_kv_head)
 
         def on_layer(layer, q, k, v, pool):
             if guard.error is None:
@@ -139,30 +138,15 @@ class ProbeRunner:
 
         def compress(layer, q, k, v, pool):
             gate_scale = self.method.gate_scale(layer.layer_id, self.first_kv_head, layer.tp_k_head_num)
-            if batch is not None:
-                out, consolidated, flags = batch.compress(q, k, v, pool, gate_scale, layer.layer_id, clock)
-                for number, flag in enumerate(flags):
-                    finite[number].append(flag)
-                with clock("write"):
-                    self.committer.move(pool, batch.span_slots, batch.new_slots, consolidated)
-                if trace is not None:
-                    for number, kept in enumerate(batch.kept_of_jobs(consolidated.kept_rows)):
-                        trace[number].append((kept.cpu(), *read_entries(pool, jobs[number].new_slots, q.dtype)))
-                return out
-            outs = []
-            for number, (job, *tensors) in enumerate(
-                zip(jobs, q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-            ):
-                out, routes, merged, is_finite = compress_layer(
-                    job, *tensors, pool, self.method, gate_scale, layer.layer_id, self.first_kv_head, clock
-                )
-                finite[number].append(is_finite)
-                if trace is not None:
-                    trace[number].append((routes.kept.cpu(), merged.key.cpu().clone(), merged.value.cpu().clone()))
-                with clock("write"):
-                    self.committer.write(layer, job.new_slots, merged)
-                outs.append(out)
-            return torch.cat(outs)
+            out, entries, flags = batch.compress(q, k, v, pool, gate_scale, layer.layer_id, clock)
+            for number, flag in enumerate(flags):
+                finite[number].append(flag)
+            with clock("write"):
+                self.committer.write(layer, pool, batch, entries)
+            if trace is not None:
+                for number, kept in enumerate(batch.kept_of_jobs(entries)):
+                    trace[number].append((kept.cpu(), *read_entries(pool, jobs[number].new_slots, q.dtype)))
+            return out
 
         backend = ProbeBackend(self.committer.req_to_token_pool, self.committer.pool, jobs, on_layer)
         rows = to_device([self.adapter.row_index(req) for req, _, _ in items], torch.int64, self.device)
@@ -182,10 +166,6 @@ class ProbeRunner:
                     self._write_trace(req, plan, layers)
         guard.check()
         return [all(flags) for flags in finite] if self.device.type == "cpu" else [True] * len(jobs)
-
-    def _fused_batch(self, jobs: list[Job]) -> FusedBatch | None:
-        attend = self.kernels.attend
-        return FusedBatch(jobs, self.method, attend, self.first_kv_head) if attend else None
 
     def _make_job_in_step(self, guard: Guard, req, plan: Plan, slots: torch.Tensor) -> Job:
         """The job; or, if this rank of several cannot make it, one of its shapes, with which it joins in the probe."""

@@ -46,6 +46,8 @@ def install(result, *args, **kwargs) -> None:
     from metasoft_patches.adapter import load_adapter
     from metasoft_patches.cache.prefix_index import PrefixIndex
 
+    import sglang_metasoft.pipeline.batch as batch
+
     settings = json.loads(os.environ.get("METASOFT_INSIDE", "{}"))
     faults = Faults(settings)
     if settings.get("own_secrets"):
@@ -54,7 +56,7 @@ def install(result, *args, **kwargs) -> None:
         (compressor.SchedulerCompressor, "compress_finished", faults.compress_finished),
         (stages, "make_probe", faults.make_probe),
         (stages, "run_probe", faults.run_probe),
-        (stages, "compress_layer", faults.compress_layer),
+        (batch, "compress_layer", faults.compress_layer),
         (compressor.Committer, "reserve", faults.reserve),
         (compressor.Committer, "write", faults.write),
         (PrefixIndex, "add", prefix_added),
@@ -144,7 +146,9 @@ class Faults:
                 if (row := adapter.row_index(req)) in rows.tolist():
                     job = rows.tolist().index(row)
             if job is not None:
-                self.aims[stage] = self.random.randrange(layers) * jobs + job
+                # A layer of all jobs is written at once.
+                self.aims[stage] = self.random.randrange(layers) * (1 if stage == "write" else jobs)
+                self.aims[stage] += 0 if stage == "write" else job
         if self._strikes("probe"):
             raise InjectedFault("the probe")
         return original(runner, backend, rows, adapter)

@@ -62,7 +62,7 @@ def measure(model: Path, flags: list[str], prompts: list[list[int]], new_tokens:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Running requests over time, one line a server."""
+    """Running requests over time, one line a server: where there is no accelerator over CPU seconds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,11 +74,11 @@ def plot(result: dict, path: Path) -> None:
         ("metasoft", "--enable-metasoft, ratio 4", "#1668a8"),
         ("plain", "plain SGLang", "#8a8a8a"),
     ):
-        seconds, running, _ = zip(*result[name]["series"], strict=True)
-        axes.step(seconds, running, where="post", label=label, color=color, linewidth=1.8)
+        wall_seconds, running, _, cpu_seconds = zip(*result[name]["series"], strict=True)
+        axes.step(wall_seconds if torch.accelerator.is_available() else cpu_seconds, running, where="post", label=label, color=color, linewidth=1.8)
     pool = result["plain"]["pool_tokens"]
     axes.set(
-        xlabel="seconds",
+        xlabel="seconds" if torch.accelerator.is_available() else "CPU seconds of the scheduler",
         ylabel="requests decoding at once",
         title=f"{PROMPT_TOKENS}-token prompts, a KV pool of {pool:,} tokens (four raw prompts)",
         ylim=(0, None),

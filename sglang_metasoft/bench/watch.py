@@ -13,24 +13,25 @@ RUNNING, USED = "sglang:num_running_reqs", "sglang:kv_used_tokens"
 class PeakWatcher(threading.Thread):
     """Polls a server's metrics until stopped; a context manager.
 
-    ``series`` holds ``(seconds, running requests, KV tokens used)``.
+    ``series`` holds ``(seconds, running requests, KV tokens used, CPU seconds of the schedulers)``.
     """
 
     def __init__(self, server: Server, interval_seconds: float = 0.2) -> None:
         super().__init__(daemon=True)
         self.server, self.interval_seconds = server, interval_seconds
-        self.series: list[tuple[float, int, int]] = []
+        self.series: list[tuple[float, int, int, float]] = []
         self._is_over = threading.Event()
 
     def run(self) -> None:
-        begin = time.monotonic()
+        begin, cpu_begin = time.monotonic(), self.server.cpu_seconds()
         while not self._is_over.wait(self.interval_seconds):
             try:
                 metrics = self.server.metrics()
             except requests.RequestException:  # busy: the next poll asks again
                 continue
             sample = int(metrics.get(RUNNING, 0)), int(metrics.get(USED, 0))
-            self.series.append((round(time.monotonic() - begin, 1), *sample))
+            seconds, cpu_seconds = time.monotonic() - begin, self.server.cpu_seconds() - cpu_begin
+            self.series.append((round(seconds, 1), *sample, round(cpu_seconds, 1)))
 
     def __enter__(self) -> "PeakWatcher":
         self.start()
@@ -43,9 +44,9 @@ class PeakWatcher(threading.Thread):
     @property
     def peak_running(self) -> int:
         """The most requests that ran at once."""
-        return max((running for _, running, _ in self.series), default=0)
+        return max((running for _, running, *_ in self.series), default=0)
 
     @property
     def peak_used_tokens(self) -> int:
         """The most pool slots that were in use at once."""
-        return max((used for *_, used in self.series), default=0)
+        return max((used for _, _, used, _ in self.series), default=0)

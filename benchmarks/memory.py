@@ -75,7 +75,8 @@ def plot(result: dict, path: Path) -> None:
         ("plain", "plain SGLang", "#8a8a8a"),
     ):
         wall_seconds, running, _, cpu_seconds = zip(*result[name]["series"], strict=True)
-        axes.step(wall_seconds if torch.accelerator.is_available() else cpu_seconds, running, where="post", label=label, color=color, linewidth=1.8)
+        seconds = wall_seconds if torch.accelerator.is_available() else cpu_seconds
+        axes.step(seconds, running, where="post", label=label, color=color, linewidth=1.8)
     pool = result["plain"]["pool_tokens"]
     axes.set(
         xlabel="seconds" if torch.accelerator.is_available() else "CPU seconds of the scheduler",

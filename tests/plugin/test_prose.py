@@ -25,10 +25,10 @@ USERS = ["README.md", *(f"docs/{page}" for name, pages in groups().items() if na
 OTHERS = ["CONTRIBUTING.md", "CHANGELOG.md"]
 # Pages that break a rule until they are written anew. When one no longer does, its test fails: take it out here.
 NOT_YET = {
-    "lines": ["docs/performance.md", "docs/sharing.md"],
-    "sentences": ["docs/performance.md", "docs/sharing.md"],
-    "diary": ["docs/performance.md"],
-    "links": ["README.md"],
+    "lines": ["docs/sharing.md"],
+    "sentences": ["docs/sharing.md"],
+    "diary": [],
+    "links": [],
 }
 
 

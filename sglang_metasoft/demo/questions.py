@@ -20,9 +20,13 @@ class Question(NamedTuple):
 # Chosen by running: right with the full cache and with the compressed one. `benchmarks/demo_questions.py` has all that
 # were tried; docs/index.md says how many each cache answered.
 SHIPPED = (
+    Question("What does the speaker ask Congress to explore the means for?", "economic bill of rights"),
+    Question(
+        "Which grave dangers did one of the great American industrialists emphasize?",
+        "rightist reaction",
+        is_next_turn=True,
+    ),
     Question("Who said that we must all hang together?", "Benjamin Franklin"),
-    Question("How many Americans are on the march to Rome, Berlin, and Tokyo?", "130,000,000", is_next_turn=True),
-    Question("Which grave dangers did one of the great American industrialists emphasize?", "rightist reaction"),
 )
 
 

@@ -39,8 +39,8 @@ def ask_all(server: Server, task: Task, boundary_tokens: int, progress: Progress
     print(f"\nDocument: {task.name}, {boundary_tokens:,} tokens; one server, each question with both caches.")
     if task.is_shipped:
         print(
-            "The questions were chosen among many as ones that this 135M model answers with both caches"
-            "\n(docs/index.md says how many each answered)."
+            "The questions were chosen by running: of 62 tried, this 135M model answered 11 with the full cache\n"
+            "and 8 with the compressed one, those 8 with both (docs/index.md)."
         )
     conversations = conversation.converse(server, task, boundary_tokens)
     prompt_tokens = 0

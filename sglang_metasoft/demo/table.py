@@ -11,8 +11,9 @@ LABEL, CELL = 20, 40
 def side_by_side(question: Question, full: Answer, compressed: Answer) -> str:
     """The answers with the full and with the compressed cache, and what each held and took."""
     is_compressed = compressed.bypass is None
-    title = f"Q: {question.text}" + (f" (the text says: {question.right})" if question.right else "")
-    lines = ["", *textwrap.wrap(title, LABEL + 2 * CELL)]
+    lines = ["", *textwrap.wrap(f"Q: {question.text}", LABEL + 2 * CELL)]
+    if question.right is not None:
+        lines.append(f"   The text says: {question.right}")
     lines += _row("", "full cache", "compressed cache" if is_compressed else "not compressed")
     lines += _row("answer", full.text, compressed.text)
     if question.right is not None:

@@ -94,7 +94,7 @@ def test_turns_of_one_chat_add_up_and_the_boundary_is_what_all_prompts_begin_wit
 
 
 def test_a_table_has_both_answers_side_by_side():
-    text = side_by_side(SHIPPED[0], FULL, COMPRESSED)
+    text = side_by_side(SHIPPED[2], FULL, COMPRESSED)
     lines = text.splitlines()
     assert all(len(line) <= LABEL + 2 * CELL for line in lines), text
     cells = [[line[:LABEL].strip(), line[LABEL : LABEL + CELL].strip(), line[LABEL + CELL :].strip()] for line in lines]
@@ -102,7 +102,7 @@ def test_a_table_has_both_answers_side_by_side():
     first = cells.index(["answer", "Benjamin Franklin, of Philadelphia, on", "Benjamin Franklin"])
     assert cells[first + 1] == ["", "July 4, 1776, as they hung", ""]
     assert cells[first + 2] == ["right", "yes", "yes"]
-    assert "(the text says: Benjamin Franklin)" in text
+    assert "   The text says: Benjamin Franklin" in lines
     assert ["entries held", "4,698", "1,194 (3.9x fewer)"] in cells
     assert ["cached tokens", "4,677", "4,676"] in cells and ["- from compressed", "-", "4,670"] in cells
     assert ["seconds", "3.2", "1.5"] in cells
@@ -110,7 +110,7 @@ def test_a_table_has_both_answers_side_by_side():
 
 def test_a_table_says_if_an_answer_is_wrong_or_a_prompt_not_compressed():
     wrong = COMPRESSED._replace(text="Thomas Jefferson", bypass="short", entries=4698)
-    text = side_by_side(SHIPPED[0], FULL, wrong)
+    text = side_by_side(SHIPPED[2], FULL, wrong)
     assert re.search(r"yes +NO$", text, re.MULTILINE) and "Not compressed: short" in text
     assert "compressed cache" not in text and "fewer" not in text
     assert "right" not in side_by_side(Question("Who?"), FULL, wrong)  # the user's own: no one knows

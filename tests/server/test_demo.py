@@ -1,11 +1,13 @@
 """The demo on the real model: both caches give the right answers, and later prompts reuse the first one's document."""
 
+import re
+
 import pytest
 
 from sglang_metasoft.demo import model, run
 from sglang_metasoft.demo.conversation import converse
 from sglang_metasoft.demo.progress import Progress
-from sglang_metasoft.demo.questions import SHIPPED, check_length, read_task
+from sglang_metasoft.demo.questions import MAX_ANSWER_TOKENS, SHIPPED, check_length, read_task
 
 pytestmark = pytest.mark.server
 
@@ -56,12 +58,15 @@ def test_the_next_turn_and_the_next_question_reuse_the_compressed_document(asked
             assert boundary_tokens <= answer.cached_tokens < answer.prompt_tokens
 
 
-def test_the_demo_prints_own_questions_with_both_caches_and_the_memory_effect(server, asked, tmp_path, capsys):
+def test_the_demo_prints_own_questions_with_both_caches_and_the_memory_effect(server, asked, capsys):
     """On the running server: all that follows the start."""
-    boundary_tokens, _ = asked
-    task = read_task(None, ["Who said that we must all hang together?"], False)
-    run.ask_all(server, task, boundary_tokens, Progress(3))
+    boundary_tokens, answered = asked
+    question, answers = answered[-1]
+    run.ask_all(server, read_task(None, [question.text], False), boundary_tokens, Progress(1))
     out = capsys.readouterr().out
-    assert "Q: Who said that we must all hang together?\n" in out and "right" not in out
-    assert "full cache" in out and f"{boundary_tokens:,}" in out
-    assert "13 such prompts" in out and "tokens at once with the full cache" in " ".join(out.split())
+    assert f"Q: {question.text}\n" in out and "The text says" not in out
+    tokens, entries = answers["full"].prompt_tokens, answers["compressed"].entries
+    assert re.search(rf"^entries held +{tokens:,} +{entries:,} \(3\.\dx fewer\)$", out, re.MULTILINE), out
+    pool_tokens = server.info()["max_total_num_tokens"]
+    raw, compressed = re.search(r"decodes (\d+) such prompts .* and (\d+) with", " ".join(out.split())).groups()
+    assert int(raw) == pool_tokens // (tokens + MAX_ANSWER_TOKENS) and int(compressed) > 3 * int(raw)

@@ -11,7 +11,10 @@ PLUGIN_GROUP = "sglang_metasoft.commands"
 # Name -> ``module:function``, which takes the arguments after the name and returns the exit code, and one line of help.
 # None: the function comes from the entry-point group PLUGIN_GROUP, for commands that need SGLang.
 COMMANDS: dict[str, tuple[str | None, str]] = {
-    "demo": ("sglang_metasoft.demo.commands:demo", "two questions about a long document, over a compressed KV cache"),
+    "demo": (
+        "sglang_metasoft.demo.commands:demo",
+        "ask about a long document, full and compressed KV cache",
+    ),
     "serve-demo": ("sglang_metasoft.demo.commands:serve_demo", "leave the demo model's server running"),
     "demo-model": ("sglang_metasoft.demo.commands:demo_model", "download and convert the demo model only"),
     "train": ("sglang_metasoft.train.command:main", "train a compressor for any causal language model"),

@@ -1,55 +1,74 @@
-"""The demo: two questions about a long document in one chat, over a compressed KV cache."""
+"""The demo: the same questions about a long document, with the full cache and with the compressed one."""
 
-import tempfile
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from sglang_metasoft.demo import model as demo_model
+from sglang_metasoft.demo.questions import (
+    DOCUMENT,
+    MAX_ANSWER_TOKENS,
+    Question,
+    Task,
+    document_message,
+    question_message,
+)
 from sglang_metasoft.demo.server import Server
 
-DOCUMENT = Path(__file__).with_name("document.txt")
-QUESTIONS = (
-    "Who gave this speech, and what is the most important thing it asks for?",
-    "Which rights does the speech list?",
-)
+__all__ = ["DOCUMENT", "Answer", "ask", "converse"]
+CACHES = ("full", "compressed")
 
 
-def run(folder: Path, flags: list[str]) -> None:
-    """Convert the model, start the server, ask both questions, print what was saved, stop the server.
+class Answer(NamedTuple):
+    """What came back for one question."""
+
+    text: str
+    prompt_tokens: int
+    entries: int  # that the prompt holds, per layer and KV head
+    cached_tokens: int  # prompt tokens that were not computed again
+    reused_tokens: int  # of them, from a compressed prefix
+    seconds: float
+    bypass: str | None  # why the prompt is not compressed
+
+
+def ask(server: Server, messages: list[dict], cache: str, boundary_tokens: int) -> Answer:
+    """One request.
 
     Args:
-        folder: where the model is kept.
-        flags: further server arguments.
+        cache: ``full``: ratio 1, which switches compression off; or ``compressed``. Each has a ``cache_salt`` of its
+            own, so that neither finds what the other left in the radix tree.
+        boundary_tokens: tokens that the prompts of all questions have in common.
+
+    Raises:
+        requests.HTTPError: the server refused it.
     """
-    print("1/3  demo model: SmolLM2-135M-Instruct")
-    model = demo_model.prepare(folder / "SmolLM2-135M-Instruct")
-    flags = ["--enable-metasoft", "--metasoft-path", demo_model.COMPRESSOR, *flags]
-    print("2/3  starting: python -m sglang.launch_server", *flags)
-    with tempfile.TemporaryDirectory() as scratch:
-        with Server(model, flags, log=Path(scratch) / "server.log") as server:
-            print("3/3  a document and two questions, one chat")
-            talk(server)
-
-
-def talk(server: Server) -> None:
-    """Ask the questions and print answers and figures."""
-    messages = [{"role": "user", "content": f"{DOCUMENT.read_text()}\n\n{QUESTIONS[0]}"}]
-    for number, question in enumerate(QUESTIONS):
-        if number:
-            messages.append({"role": "user", "content": question})
-        response = server.chat(messages, return_meta_info=True)
-        choice = response["choices"][0]
-        messages.append(choice["message"] | {"tool_calls": None, "reasoning_content": None})
-        print(f"\nQ: {question}\nA: {choice['message']['content'].strip()}")
-        print(describe(choice["meta_info"], response["usage"]))
-
-
-def describe(meta: dict, usage: dict) -> str:
-    """One line of figures for a response."""
-    tokens, entries = usage["prompt_tokens"], meta["metasoft_kv_tokens"]
-    if "metasoft_bypass" in meta:
-        return f"   {tokens} prompt tokens, not compressed: {meta['metasoft_bypass']}"
-    return (
-        f"   {tokens} prompt tokens -> {entries} KV entries per layer and head: {tokens - entries} saved, "
-        f"{tokens / entries:.1f}x; {meta['cached_tokens']} tokens cached, "
-        f"{meta['metasoft_reused_tokens']} of them from a compressed prefix"
+    params = {"metasoft_ratio": 1} if cache == "full" else {"metasoft_boundary": boundary_tokens}
+    begin = time.monotonic()
+    response = server.chat(
+        messages, MAX_ANSWER_TOKENS, custom_params=params, cache_salt=f"demo-{cache}", return_meta_info=True
+    )  # fmt: skip
+    seconds = time.monotonic() - begin
+    (choice,) = response["choices"]
+    meta, prompt_tokens = choice["meta_info"], response["usage"]["prompt_tokens"]
+    return Answer(
+        text=" ".join(choice["message"]["content"].split()),
+        prompt_tokens=prompt_tokens,
+        entries=meta["metasoft_kv_tokens"],
+        cached_tokens=meta["cached_tokens"],
+        reused_tokens=meta["metasoft_reused_tokens"],
+        seconds=seconds,
+        bypass=meta.get("metasoft_bypass"),
     )
+
+
+def converse(server: Server, task: Task, boundary_tokens: int) -> Iterator[tuple[Question, dict[str, Answer]]]:
+    """Ask all questions of both caches; yields each question with its answer by cache."""
+    head = document_message(task.document)
+    chats: dict[str, list[dict]] = {}
+    for question in task.questions:
+        answers = {}
+        for cache in CACHES:
+            before = chats[cache] if question.is_next_turn else [head]
+            messages = [*before, question_message(question.text)]
+            answers[cache] = ask(server, messages, cache, boundary_tokens)
+            chats[cache] = [*messages, {"role": "assistant", "content": answers[cache].text}]
+        yield question, answers

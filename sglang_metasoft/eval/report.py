@@ -137,7 +137,7 @@ def markdown(summary: dict) -> str:
             mine = {c["group"]: c for c in here if (c["method"], c["ratio"]) == (method, ratio)}
             row = [_kept(mine.get(group)) for group in groups]
             lines.append(f"| {method} | {ratio:g} | " + " | ".join(row) + f" | {mine[ALL]['cases']} |")
-        members = {group: next((c["tasks"] for c in here if c["group"] == group), []) for group in (SEEN, UNSEEN)}
+        members = {group: next((c["tasks"] for c in here if c["group"] == group), ()) for group in (SEEN, UNSEEN)}
         lines += [""] + [f"{group}: {', '.join(names)}" for group, names in members.items() if names]
         lines += _task_table([t for t in summary["tasks"] if (t["length_tokens"], t["mode"]) == (length, mode)])
     if summary["comparisons"]:

@@ -62,7 +62,9 @@ class Run:
     def _answer(self, case: Case, bar: tqdm) -> None:
         for turn in range(len(case.turns)):
             wanted = self._wanted(case, turn)
-            prompt = render(case, turn, self.tokenizer) if wanted else None
+            if not wanted:
+                continue
+            prompt = render(case, turn, self.tokenizer)
             full = None  # the same in every mode
             for mode, ratio in wanted:
                 found = (

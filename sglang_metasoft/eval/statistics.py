@@ -78,8 +78,9 @@ def advantage(means: np.ndarray) -> np.ndarray:
 
 def estimate(pairs: Pairs, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, tuple[float, float]]:
     """A statistic and its 95 % bootstrap interval."""
-    low, high = np.nanpercentile(statistic(resampled_means(pairs)), [2.5, 97.5])
-    return float(statistic(task_means(pairs))[0]), (float(low), float(high))
+    samples = statistic(resampled_means(pairs))
+    interval = float(np.nanpercentile(samples, 2.5)), float(np.nanpercentile(samples, 97.5))
+    return float(statistic(task_means(pairs))[0]), interval
 
 
 def perplexity(records: Iterable[dict]) -> dict[tuple[str, float], float]:

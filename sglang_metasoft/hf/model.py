@@ -160,8 +160,8 @@ class HFModel:
         def attend(layer, q, k, v, scale):
             for entries, new in zip(layers[layer], (k, v), strict=True):
                 entries[start:end] = new[0].transpose(0, 1)
-            seen = (entries[:end].transpose(0, 1)[None] for entries in layers[layer])
-            return causal_attention(q, *seen, scale)
+            key, value = (entries[:end].transpose(0, 1)[None] for entries in layers[layer])
+            return causal_attention(q, key, value, scale)
 
         positions = torch.arange(start, end, device=self.device)
         return self.logits(self.embed(ids)[None], positions[None], attend, last=1)[0, -1]

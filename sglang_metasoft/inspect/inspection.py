@@ -56,14 +56,7 @@ def check_lengths(prompt: InspectedPrompt, config: MetaSoftConfig, ratios: list[
     if limit is not None and count > limit:
         raise ValueError(f"the prompt has {count} tokens; the model takes {limit} beside the answer")
     for ratio in ratios:
-        plan = _plan(config, count, ratio)
-        if plan is Bypass.TOO_SHORT:
-            raise ValueError(
-                f"the prompt has {count} tokens and is not compressed: {plan.value} (the {count} less the window of "
-                f"{config.window} must be at least min_tokens, {config.min_tokens})"
-            )
-        if not isinstance(plan, Plan):
-            raise ValueError(f"the prompt of {count} tokens is not compressed at ratio {ratio:g}: {plan.value}")
+        _plan(config, count, ratio)
 
 
 def inspect(
@@ -84,18 +77,17 @@ def inspect(
     cache, first = model.prefill(prompt.ids)
     progress("answer without compression")
     plain = model.answer(cache, count, first, new_tokens, None)
-    results, importance, rank, gate_scale = [], None, None, None
+    results: list[Result] = []
+    ranking: _Ranking | None = None
     for ratio in ratios:
         progress(f"compression and answer at ratio {ratio:g}")
         plan = _plan(config, count, ratio)
         layers = model.compress(cache, prompt.ids, plan, method)
-        if rank is None:
-            importance = torch.cat([layer.importance for layer in layers]).cpu()
-            rank = _rank(importance, plan.sink_tokens)
-            gate_scale = torch.cat([layer.gate_scale for layer in layers]).numpy()
-        _check_nested(rank, plan, layers, ratio)
+        ranking = ranking or _Ranking.of(layers, plan.sink_tokens)
+        _check_nested(ranking.rank, plan, layers, ratio)
         answer = model.answer(model.compressed_cache(cache, plan, layers), count, first, new_tokens, plain.ids)
-        results.append(_result(ratio, plan, layers, answer, rank.dtype))
+        results.append(_result(ratio, plan, layers, answer, ranking.rank.dtype))
+    assert ranking is not None  # there is at least one ratio
     return Inspection(
         title=title,
         facts=facts,
@@ -103,9 +95,9 @@ def inspect(
         num_layers=model.shape.num_layers,
         num_kv_heads=model.shape.num_kv_heads,
         kv_bytes_per_entry=model.kv_bytes_per_entry,
-        importance=encode_importance(importance.numpy()),
-        rank=rank,
-        gate_scale=gate_scale,
+        importance=encode_importance(ranking.importance),
+        rank=ranking.rank,
+        gate_scale=ranking.gate_scale,
         steps=_steps(config, count, ratios),
         results=results,
         plain=plain,
@@ -116,7 +108,33 @@ def inspect(
     )
 
 
-def _plan(config: MetaSoftConfig, prompt_tokens: int, ratio: float) -> Plan | Bypass:
+class _Ranking(NamedTuple):
+    """What is the same at every ratio. LH counts layers times KV heads."""
+
+    importance: np.ndarray  # [LH, S] float32
+    rank: np.ndarray  # [LH, S] uint16 or uint32
+    gate_scale: np.ndarray  # [LH] float32
+
+    @classmethod
+    def of(cls, layers: list[CompressedLayer], sink_tokens: int) -> "_Ranking":
+        importance = torch.cat([layer.importance for layer in layers]).cpu()
+        gate_scale = torch.cat([layer.gate_scale for layer in layers])
+        return cls(importance.numpy(), _rank(importance, sink_tokens), gate_scale.numpy())
+
+
+def _plan(config: MetaSoftConfig, prompt_tokens: int, ratio: float) -> Plan:
+    plan = _plan_or_reason(config, prompt_tokens, ratio)
+    if plan is Bypass.TOO_SHORT:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens and is not compressed: {plan.value} (the {prompt_tokens} less the "
+            f"window of {config.window} must be at least min_tokens, {config.min_tokens})"
+        )
+    if not isinstance(plan, Plan):
+        raise ValueError(f"the prompt of {prompt_tokens} tokens is not compressed at ratio {ratio:g}: {plan.value}")
+    return plan
+
+
+def _plan_or_reason(config: MetaSoftConfig, prompt_tokens: int, ratio: float) -> Plan | Bypass:
     return plan_span(config, prompt_tokens=prompt_tokens, page_size=1, options={"ratio": ratio})
 
 
@@ -124,7 +142,7 @@ def _steps(config: MetaSoftConfig, prompt_tokens: int, ratios: list[float]) -> l
     """Ratios of the slider, the computed ones among them, with what the policy keeps of the span."""
     top = int(np.log2(max(ratios)) * STEPS_PER_OCTAVE)
     between = {2 ** (step / STEPS_PER_OCTAVE) for step in range(1, top + 1)}
-    plans = {ratio: _plan(config, prompt_tokens, ratio) for ratio in sorted(between | set(ratios))}
+    plans = {ratio: _plan_or_reason(config, prompt_tokens, ratio) for ratio in sorted(between | set(ratios))}
     return [(ratio, plan.kept_slots) for ratio, plan in plans.items() if isinstance(plan, Plan)]
 
 

@@ -55,12 +55,13 @@ def _read_chat(text: str, path: Path) -> list[dict]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"prompt file {shown(str(path))} is not JSON ({error}); allowed: {form}") from None
     messages = chat.get("messages") if isinstance(chat, dict) else chat
-    is_chat = isinstance(messages, list) and messages
-    if not is_chat or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError(f"prompt file {shown(str(path))} holds {shown(chat)}; allowed: {form}")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
 
 
 def _tokenize(text: str, tokenizer, special: bool) -> InspectedPrompt:

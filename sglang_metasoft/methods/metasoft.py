@@ -35,7 +35,12 @@ class MetaSoft(Method):
         """Attention flow; where nothing would flow the routing is spared."""
         if self.config.gate_scale == 0:
             return "none"
-        return "key_bias" if self.config.gate_scale is None and self.is_gate_shut else "attention_flow"
+        return self.consolidation_of_gate(self.config.gate_scale is None and self.is_gate_shut)
+
+    @staticmethod
+    def consolidation_of_gate(is_shut: bool) -> str:
+        """What a compressor is served with: where its own gate lets nothing through, keys carry the attention."""
+        return "key_bias" if is_shut else "attention_flow"
 
     def follow_weights(self, model):
         if self.config.path is None:

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 
 import torch
 
-STAGES = ("probe", "score", "route", "merge", "write")
 Clock = Callable[[str], AbstractContextManager]
 
 

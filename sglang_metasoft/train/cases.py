@@ -1,7 +1,7 @@
 """Cases: a prefix that is to be compressed, and what is asked about it."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 PREAMBLE = "\n\n"
@@ -14,7 +14,7 @@ class Task(NamedTuple):
 
     family: str
     document: str
-    questions: list[tuple[str, str | None]]
+    questions: Sequence[tuple[str, str | None]]
 
 
 class Case(NamedTuple):

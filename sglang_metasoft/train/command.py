@@ -5,8 +5,8 @@ import dataclasses
 import itertools
 import json
 import sys
-import typing
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from sglang_metasoft.train.settings import CHOICES, TrainSettings
 
@@ -58,25 +58,27 @@ def main(argv: list[str]) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag for every field of :class:`TrainSettings`."""
-    kinds = typing.get_type_hints(TrainSettings)
+    kinds = get_type_hints(TrainSettings)
     for field in dataclasses.fields(TrainSettings):
-        flag, options = "--" + field.name.replace("_", "-"), {"help": HELP[field.name]}
+        flag = "--" + field.name.replace("_", "-")
+        options: dict[str, Any] = {"help": HELP[field.name]}
+        default: Any = field.default
         if field.name == "exclude":
             parser.add_argument(flag, type=Path, action="append", default=[], **options)
             continue
         if field.name in SEVERAL:
-            if field.default:
-                options["help"] += f" (default: {' '.join(f'{value:g}' for value in field.default)})"
-            parser.add_argument(flag, type=SEVERAL[field.name], nargs="+", default=field.default, **options)
+            if default:
+                options["help"] += f" (default: {' '.join(f'{value:g}' for value in default)})"
+            parser.add_argument(flag, type=SEVERAL[field.name], nargs="+", default=default, **options)
             continue
         kind = Path if field.name == "prepared" else kinds[field.name]
         if field.name in CHOICES:
             options["choices"] = CHOICES[field.name]
-        if field.default is dataclasses.MISSING:
+        if default is dataclasses.MISSING:
             parser.add_argument(flag, type=kind, required=True, **options)
         else:
-            options["help"] += "" if field.default is None else f" (default: {field.default})"
-            parser.add_argument(flag, type=kind, default=field.default, **options)
+            options["help"] += "" if default is None else f" (default: {default})"
+            parser.add_argument(flag, type=kind, default=default, **options)
 
 
 def run(args: argparse.Namespace) -> int:

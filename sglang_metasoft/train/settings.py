@@ -3,16 +3,22 @@
 import dataclasses
 from pathlib import Path
 
+from sglang_metasoft.config import METHODS
+from sglang_metasoft.consolidations import load_consolidation
+from sglang_metasoft.consolidations.key_bias import KeyBias
+from sglang_metasoft.methods import load_method
+from sglang_metasoft.methods.judge_q import JudgeQ
+from sglang_metasoft.methods.metasoft import MetaSoft
 from sglang_metasoft.train.objective import MAP_LOSSES
 
-METHODS = ("metasoft", "judge_q")
+TRAINED_METHODS = tuple(name for name in METHODS if load_method(name).reads_path)
 FEATURES = {"both": (True, True), "span": (True, False), "tail": (False, True), "none": (False, False)}
 DTYPES = ("float32", "bfloat16")
 CUTS = ("span", "prompt")
-CONSOLIDATIONS = ("auto", "none", "key_bias")
+RECKONED_CONSOLIDATIONS = ("none", "key_bias")  # that the losses know
 CHOICES = {
-    "method": METHODS, "dtype": DTYPES, "selector_features": tuple(FEATURES), "map_loss": MAP_LOSSES,
-    "answer_cut": CUTS, "consolidation": CONSOLIDATIONS,
+    "method": TRAINED_METHODS, "dtype": DTYPES, "selector_features": tuple(FEATURES), "map_loss": MAP_LOSSES,
+    "answer_cut": CUTS, "consolidation": ("auto", *RECKONED_CONSOLIDATIONS),
 }  # fmt: skip
 
 
@@ -41,7 +47,7 @@ class TrainSettings:
     lost_weight: float = 1.0  # of the attention lost at a cut, beside the divergence
     answer_weight: float = 1.0  # of the change in the answers' next-token distributions; 0: attention maps alone
     answer_cut: str = "span"  # what the answers' cut goes by: the span, or the whole prompt's budget as in the server
-    consolidation: str = "auto"  # that losses and validation reckon with; auto: see biases_keys
+    consolidation: str = "auto"  # that losses and validation reckon with; auto: as served
     ratios: tuple[float, ...] = (3.0, 4.0, 4.0, 8.0, 8.0, 16.0)  # of the soft cut; each context draws one of them
     gate: float = 0.0  # scale of the consolidation's gate, not trained; 1: the paper's, which raised the answers' loss
     min_prefix_tokens: int = 350
@@ -93,10 +99,15 @@ class TrainSettings:
 
     @property
     def biases_keys(self) -> bool:
-        """Whether the compressor is trained for ``key_bias``: the server's default for ``metasoft`` with gate 0."""
-        if self.consolidation == "auto":
-            return self.method == "metasoft" and self.gate == 0
-        return self.consolidation == "key_bias"
+        """Whether the compressor is trained for a consolidation that biases keys."""
+        return issubclass(load_consolidation(self._consolidation_name), KeyBias)
+
+    @property
+    def _consolidation_name(self) -> str:
+        if self.consolidation != "auto":
+            return self.consolidation
+        is_metasoft = self.method == "metasoft"
+        return MetaSoft.consolidation_of_gate(not self.gate) if is_metasoft else JudgeQ.default_consolidation
 
     def fingerprint(self) -> dict:
         """What must not change between an interrupted run and its continuation."""

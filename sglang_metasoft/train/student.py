@@ -90,7 +90,7 @@ class MetaSoftStudent(Student):
         """Set the entry scorer to the identity, its features standardised over some contexts."""
         if self.soft.scorer is None:
             return
-        sums = squares = count = 0
+        sums, squares, count = torch.zeros(()), torch.zeros(()), 0
         for context in contexts:
             x = self.soft.scorer.features(self.probe(backbone, context), *entries(context, backbone))
             sums, squares, count = sums + x.sum(-2), squares + x.square().sum(-2), count + x.shape[-2]

@@ -7,7 +7,7 @@ import requests
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.shared_document import POOL_TOKENS, ask_all, make_prompts
+from sglang_metasoft.bench.document_questions import POOL_TOKENS, ask_all, make_prompts
 from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until_idle
 
 pytestmark = pytest.mark.server

@@ -11,6 +11,10 @@ import torch
 from metasoft_patches.adapter import folder_of
 from metasoft_patches.compat import check_sglang_version
 
+# What the platform fills in where the user says nothing: a KV pool that fits a laptop.
+DEFAULT_POOL_TOKENS = 65_536
+DEFAULT_MEMORY_FRACTION = 0.5  # of the machine, weights and pool together
+
 
 def activate() -> str | None:
     """Return the platform's path where no accelerator exists, else None (SGLang then picks its own).

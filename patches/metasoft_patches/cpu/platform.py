@@ -8,8 +8,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-DEFAULT_POOL_TOKENS = 65_536
-DEFAULT_MEMORY_FRACTION = 0.5
+from metasoft_patches.cpu import DEFAULT_MEMORY_FRACTION, DEFAULT_POOL_TOKENS
+
 THREAD_BINDING = "SGLANG_CPU_OMP_THREADS_BIND"
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from metasoft_patches import compat
+from metasoft_patches.cpu import DEFAULT_MEMORY_FRACTION, DEFAULT_POOL_TOKENS
 from metasoft_patches.doctor.estimate import fit_compressed, fit_raw
 from metasoft_patches.doctor.machine_checks import Check
 from sglang_metasoft.compressor.files import check_compressor
@@ -19,8 +20,6 @@ from sglang_metasoft.hf.shape import kv_bytes_per_entry, read_config, read_shape
 from sglang_metasoft.types import ModelShape
 
 GIB = 2**30
-CPU_MEMORY_FRACTION = 0.5  # that the CPU platform gives to weights and pool
-CPU_POOL_TOKENS = 65_536
 GPU_MEMORY_FRACTION = 0.85  # if neither flags nor SGLang say more
 
 
@@ -168,8 +167,8 @@ def _pool(args: argparse.Namespace, server: Server, entry_bytes: int) -> tuple[i
     else:
         import psutil
 
-        total, fraction = psutil.virtual_memory().available, server.memory_fraction or CPU_MEMORY_FRACTION
-        name, limit = "CPU memory", server.max_total_tokens or CPU_POOL_TOKENS
+        total, fraction = psutil.virtual_memory().available, server.memory_fraction or DEFAULT_MEMORY_FRACTION
+        name, limit = "CPU memory", server.max_total_tokens or DEFAULT_POOL_TOKENS
     tokens = max(0, int(total * fraction) - weights) // entry_bytes
     if limit is not None and limit < tokens:
         return limit, "the server's max-total-tokens"

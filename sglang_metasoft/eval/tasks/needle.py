@@ -8,6 +8,7 @@ import re
 import uuid
 from functools import partial
 from random import Random
+from typing import Any
 
 from sglang_metasoft.eval.case import Draft, Request, Task, Turn
 
@@ -96,7 +97,7 @@ def build_grid(request: Request) -> Draft:
     return build(request, haystack="essay", depth=GRID_DEPTHS[request.index % len(GRID_DEPTHS)])
 
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "niah_single_1": dict(haystack="noise"),
     "niah_single_2": dict(haystack="essay"),
     "niah_single_3": dict(haystack="essay", value_type="uuids"),

@@ -4,6 +4,7 @@ Earlier turns stand in the prompt with their true answers, as in SCBench's multi
 """
 
 import json
+from collections.abc import Sequence
 from random import Random
 
 from sglang_metasoft.eval.case import Draft, Request, Task, Turn
@@ -18,7 +19,7 @@ QA_HEAD = "Read the following text. I will ask you questions about it.\n\n"
 QA_QUESTION = "\n\nAnswer with a few words of the text. Question: {question}"
 
 
-def _turns(rng: Random, asked: list[tuple[str, tuple[str, ...], str]]) -> tuple[Turn, ...]:
+def _turns(rng: Random, asked: Sequence[tuple[str, tuple[str, ...], str]]) -> tuple[Turn, ...]:
     return tuple(Turn(question, answers, prefix) for question, answers, prefix in asked)
 
 

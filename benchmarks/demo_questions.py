@@ -12,10 +12,11 @@ import json
 import tempfile
 from pathlib import Path
 
+from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.conversation import CACHES, ask
-from sglang_metasoft.demo.questions import DOCUMENT, SHIPPED, Task, check_length, document_message, question_message
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.demo.questions import SHIPPED, Task, check_length, document_message, question_message
+from sglang_metasoft.local_server import Server
 
 CANDIDATES = {
     "Where did Mr. Hull go in October?": "moscow",

@@ -27,7 +27,7 @@ from metasoft_kernels.score import importance as mean_attention
 
 from sglang_metasoft.bench.watch import PeakWatcher
 from sglang_metasoft.demo import model as demo_model
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 from sglang_metasoft.pipeline.route import choose_routes
 from sglang_metasoft.types import Plan, Scores
 

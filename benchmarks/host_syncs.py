@@ -20,9 +20,9 @@ from pathlib import Path
 import requests
 import torch
 
-from sglang_metasoft.demo import conversation
+from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 VARIANTS = {"plain": [], "metasoft": ["--enable-metasoft"]}
@@ -86,7 +86,7 @@ def main() -> None:
     model = demo_model.prepare(Path(".demo") / "SmolLM2-135M-Instruct")
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(model)(conversation.DOCUMENT.read_text())["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model)(DOCUMENT.read_text())["input_ids"]
     ids = ids + ids
     prompts = [ids[97 * n :][:PROMPT_TOKENS] for n in range(args.prompts + 1)]
     with tempfile.TemporaryDirectory() as scratch:

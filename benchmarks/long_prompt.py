@@ -15,9 +15,9 @@ from pathlib import Path
 
 import requests
 
-from sglang_metasoft.demo import conversation
+from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 SHIPPED = ["--metasoft-path", demo_model.COMPRESSOR, "--metasoft-min-tokens", "128"]
 METASOFT = ["--enable-metasoft", *SHIPPED, "--metasoft-ratio", "8"]
@@ -59,7 +59,7 @@ def main() -> None:
     model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(model)(conversation.DOCUMENT.read_text())["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model)(DOCUMENT.read_text())["input_ids"]
     prompts = [(ids[131 * n :] + ids + ids)[: args.prompt_tokens] for n in range(args.repeats)]
     results = {}
     for pool, pool_tokens in (("ample", 6 * args.prompt_tokens), ("a third", args.prompt_tokens // 3)):

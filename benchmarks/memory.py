@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from sglang_metasoft.bench.watch import PeakWatcher
-from sglang_metasoft.demo import conversation
+from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 PROMPT_TOKENS = 2048
 RAW_PROMPTS = 4
@@ -103,7 +103,7 @@ def main() -> None:
     model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(model)(conversation.DOCUMENT.read_text())["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model)(DOCUMENT.read_text())["input_ids"]
     # Different prompts: each starts elsewhere in the document, so none shares a prefix with another.
     prompts = [(ids[97 * n :] + ids)[:PROMPT_TOKENS] for n in range(args.requests)]
     result = {"date": date.today().isoformat(), "machine": f"{torch.get_num_threads()} cores, {platform.machine()}"}

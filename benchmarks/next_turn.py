@@ -12,9 +12,9 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from sglang_metasoft.demo import conversation
+from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 METASOFT = ["--enable-metasoft", "--metasoft-path", demo_model.COMPRESSOR]
 SYSTEMS = {"plain": [], "metasoft": METASOFT, "during_prefill": [*METASOFT, "--metasoft-during-prefill"]}
@@ -64,7 +64,7 @@ def main() -> None:
     model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(model)(conversation.DOCUMENT.read_text())["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model)(DOCUMENT.read_text())["input_ids"]
     prompts = [(ids[131 * n :] + ids + ids)[: args.prompt_tokens] for n in range(args.repeats)]
     turn = ids[-args.turn_tokens :]
     pool_tokens = 8 * args.prompt_tokens

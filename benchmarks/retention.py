@@ -15,9 +15,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sglang_metasoft.demo import conversation
+from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 DOCUMENTS, QUESTIONS, CHATS, TURNS = 3, 4, 6, 3
 DOCUMENT_TOKENS, CHAT_TOKENS, QUESTION_TOKENS = 1600, 1200, 100
@@ -57,7 +57,7 @@ def main() -> None:
     model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
     from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(model)(conversation.DOCUMENT.read_text())["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model)(DOCUMENT.read_text())["input_ids"]
     ids = ids + ids[::-1]
     rows = []
     columns = ("pool", "raw span", "workload", "prompt tokens", "computed", "no free slots", "seconds")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sglang_metasoft.bench.document_questions import POOL_TOKENS, ask_all, make_prompts
 from sglang_metasoft.demo import model as demo_model
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 
 def score(plain: Server, prompts: list[list[int]], outputs: list[list[int]], known: dict[tuple, list[float]]) -> float:

@@ -9,7 +9,7 @@ import argparse
 import openai
 from serving import serve_demo
 
-from sglang_metasoft.demo import conversation
+from sglang_metasoft.data import DOCUMENT
 
 QUESTIONS = ("Who gave this speech?", "Which rights does the speech list?")
 
@@ -22,7 +22,7 @@ def run(url: str, ratio: float | None = None, max_tokens: int = 48) -> dict:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     # Without a ratio of its own a request gets the server's; 1 would switch compression off.
     params = {} if ratio is None else {"custom_params": {"metasoft_ratio": ratio}}
-    messages = [{"role": "user", "content": f"{conversation.DOCUMENT.read_text()}\n\n{QUESTIONS[0]}"}]
+    messages = [{"role": "user", "content": f"{DOCUMENT.read_text()}\n\n{QUESTIONS[0]}"}]
     options = {"model": "default", "max_tokens": max_tokens, "temperature": 0}
     print(f"Q: {QUESTIONS[0]}\nA: ", end="")
     answer = ""

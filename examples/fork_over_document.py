@@ -12,7 +12,7 @@ import argparse
 import sglang as sgl
 from serving import serve_demo
 
-from sglang_metasoft.demo import conversation
+from sglang_metasoft.data import DOCUMENT
 
 QUESTIONS = (
     "Who gave this speech?",
@@ -41,7 +41,7 @@ def read_and_fork(s, document: str, questions: tuple[str, ...]):
 def run(url: str) -> list[dict]:
     """Run the program against a server, print the answers; returns the ``meta_info`` of each."""
     sgl.set_default_backend(sgl.RuntimeEndpoint(url))
-    state = read_and_fork.run(document=conversation.DOCUMENT.read_text(), questions=QUESTIONS)
+    state = read_and_fork.run(document=DOCUMENT.read_text(), questions=QUESTIONS)
     metas = []
     for name, fork in zip(("(summary)", *QUESTIONS), state["answers"], strict=True):
         meta = fork.get_meta_info("answer")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sglang as sgl
 
-from sglang_metasoft.demo import conversation
+from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
 
 QUESTIONS = (
@@ -21,7 +21,7 @@ QUESTIONS = (
 def run(model: str) -> list[dict]:
     """Print the answers; returns each one's ``meta_info``."""
     engine = sgl.Engine(model_path=model, enable_metasoft=True, metasoft_ratio=4, metasoft_method="snapkv")
-    document = conversation.DOCUMENT.read_text()
+    document = DOCUMENT.read_text()
     metas = []
     # The second question shows where prompts leave the document; from the third on they share its compressed form.
     for question in QUESTIONS:

@@ -8,7 +8,7 @@ import argparse
 import requests
 from serving import serve_demo
 
-from sglang_metasoft.demo import conversation
+from sglang_metasoft.data import DOCUMENT
 
 RATIOS = (1, 2, 4, 8, 16)
 QUESTION = "\n\nQuestion: Who gave this speech?\nAnswer:"
@@ -20,7 +20,7 @@ def run(url: str, ratios: tuple[float, ...] = RATIOS) -> list[dict]:
     print("ratio  prompt tokens  KV entries  answer")
     for ratio in ratios:
         sampling = {"temperature": 0, "max_new_tokens": 16, "custom_params": {"metasoft_ratio": ratio}}
-        body = {"text": conversation.DOCUMENT.read_text() + QUESTION, "sampling_params": sampling}
+        body = {"text": DOCUMENT.read_text() + QUESTION, "sampling_params": sampling}
         response = requests.post(f"{url}/generate", json=body, timeout=600)
         response.raise_for_status()
         answer, meta = response.json()["text"], response.json()["meta_info"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sglang_metasoft.demo import model as demo_model
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 
 @contextlib.contextmanager

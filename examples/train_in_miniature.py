@@ -12,7 +12,7 @@ from pathlib import Path
 
 import sglang as sgl
 
-from sglang_metasoft.demo import conversation
+from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.train.command import train
 from sglang_metasoft.train.settings import TrainSettings
@@ -24,7 +24,7 @@ def run(model: str, output: Path, steps: int, cases: int) -> dict:
     """Train, print the scores, ask; returns the answer's ``meta_info``."""
     texts = output / "texts"
     texts.mkdir(parents=True, exist_ok=True)
-    document = conversation.DOCUMENT.read_text()
+    document = DOCUMENT.read_text()
     (texts / "document.txt").write_text(document)
     settings = TrainSettings(
         model=model, data=texts, output=output, cases=cases, steps=steps, selector_steps=max(1, steps // 10),

@@ -21,9 +21,10 @@ if not torch.cuda.is_available():
 
 from sglang_metasoft.compressor.entry_scorer import EntryScorer
 from sglang_metasoft.compressor.soft_tokens import SoftTokens
+from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
-from sglang_metasoft.demo.server import Server
 from sglang_metasoft.hf.shape import read_shape
+from sglang_metasoft.local_server import Server
 from tests.server.forked import start as start_one
 
 DEMO_FOLDER = Path(os.environ.get("METASOFT_DEMO_DIR", Path(__file__).parents[1] / ".demo"))
@@ -78,7 +79,7 @@ def tokenizer(full_model_dir):
 @pytest.fixture(scope="session")
 def document() -> str:
     """The shipped public-domain document (about 5,000 tokens)."""
-    return (Path(__file__).parents[1] / "sglang_metasoft" / "demo" / "document.txt").read_text()
+    return DOCUMENT.read_text()
 
 
 @pytest.fixture(scope="session")

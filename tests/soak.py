@@ -25,7 +25,8 @@ import requests
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # when run as a script
 
-from sglang_metasoft.demo.server import Server  # noqa: E402
+from sglang_metasoft.data import DOCUMENT  # noqa: E402
+from sglang_metasoft.local_server import Server  # noqa: E402
 from sglang_metasoft.types import Bypass  # noqa: E402
 from tests.server.checks import SALT, assert_pool_is_whole, assert_sound_inside, inside_env, inside_lines  # noqa: E402
 
@@ -337,7 +338,7 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=None, help="file for the server's output")
     args = parser.parse_args()
     model = args.model or demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct")
-    document = (Path(demo_model.__file__).parent / "document.txt").read_text()
+    document = DOCUMENT.read_text()
     document_ids = AutoTokenizer.from_pretrained(model)(document)["input_ids"]
     log = args.log or Path(tempfile.mkdtemp()) / "server.log"
     print(f"server log: {log}", flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from sglang_metasoft.bench import report
 from sglang_metasoft.bench.run import BenchFailed, run_all
 from sglang_metasoft.bench.workloads import POOLS, WORKLOADS, Size
-from sglang_metasoft.demo.server import ServerFailed
+from sglang_metasoft.local_server import ServerFailed
 
 # On a CPU a prompt of 32K tokens takes minutes.
 GPU_SIZE, CPU_SIZE = Size(32768, 64, 64), Size(2048, 16, 16)

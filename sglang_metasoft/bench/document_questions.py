@@ -1,7 +1,7 @@
 """Twenty questions about one long document, each with one right answer: a made-up fact in real text."""
 
-from sglang_metasoft.demo import conversation
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.data import DOCUMENT
+from sglang_metasoft.local_server import Server
 
 DOCUMENT_TOKENS, QUESTIONS = 6000, 20
 POOL_TOKENS = 11_000  # less than the raw document twice
@@ -15,7 +15,7 @@ def make_document(tokenizer) -> tuple[str, dict[str, str]]:
     """The text with the facts spread over it, and the facts."""
     facts = {place: str(10_000 + 4_321 * (number + 1)) for number, place in enumerate(PLACES[:QUESTIONS])}
     sentences = [f"\nThe key to {place} is {key}.\n" for place, key in facts.items()]
-    ids = tokenizer(conversation.DOCUMENT.read_text())["input_ids"]
+    ids = tokenizer(DOCUMENT.read_text())["input_ids"]
     room = DOCUMENT_TOKENS - len(tokenizer("".join(sentences))["input_ids"])
     ids = (ids + ids)[:room]
     part = room // QUESTIONS

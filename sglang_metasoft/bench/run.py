@@ -16,7 +16,7 @@ import torch
 from sglang_metasoft.bench.watch import PeakWatcher
 from sglang_metasoft.bench.workloads import POOLS, WORKLOADS, Size
 from sglang_metasoft.config import shown
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 COUNTERS = {
     "retractions": "sglang:num_retracted_reqs_total",

@@ -5,7 +5,7 @@ import time
 
 import requests
 
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 RUNNING, USED = "sglang:num_running_reqs", "sglang:kv_used_tokens"
 

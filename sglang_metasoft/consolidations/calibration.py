@@ -1,7 +1,6 @@
 """The text that start-up reads to learn what a model's queries are like."""
 
-from importlib.resources import files
-
+from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.types import ServedModel
 
 CALIBRATION_TOKENS = 1024
@@ -13,5 +12,5 @@ def calibration_ids(model: ServedModel) -> list[int]:
     Raises:
         ValueError: the server has no tokenizer.
     """
-    text = files("sglang_metasoft.demo").joinpath("document.txt").read_text(encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
     return model.encode(text)[:CALIBRATION_TOKENS]

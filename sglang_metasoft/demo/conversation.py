@@ -12,7 +12,7 @@ from sglang_metasoft.demo.questions import (
     document_message,
     question_message,
 )
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 __all__ = ["DOCUMENT", "Answer", "ask", "converse"]
 CACHES = ("full", "compressed")

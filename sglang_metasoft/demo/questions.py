@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-DOCUMENT = Path(__file__).with_name("document.txt")
+from sglang_metasoft.data import DOCUMENT
+
 MAX_ANSWER_TOKENS = 40
 INSTRUCTION = "Answer questions about this document. Give short answers, in the words of the document."
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from sglang_metasoft.demo import model
-from sglang_metasoft.demo.server import Server, ServerFailed
+from sglang_metasoft.local_server import Server, ServerFailed
 
 NEEDED_BYTES = 1_000_000_000  # the download, the GGUF file in it and the converted model, with some room
 

@@ -26,9 +26,10 @@ def read_prompt(path: Path | None, question: str | None, tokenizer) -> Inspected
         ValueError: the file is missing, empty, not UTF-8, or no chat.
     """
     if path is None:
-        from sglang_metasoft.demo.conversation import DOCUMENT, QUESTIONS
+        from sglang_metasoft.data import DOCUMENT
+        from sglang_metasoft.demo.questions import SHIPPED
 
-        path, question = DOCUMENT, question or QUESTIONS[0]
+        path, question = DOCUMENT, question or SHIPPED[0].text
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

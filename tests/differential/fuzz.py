@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 
+from sglang_metasoft.data import DOCUMENT
 from tests.differential.programs import Run
 from tests.differential.servers import VARIANTS, Fleet
 from tests.differential.strategies import programs
@@ -99,7 +100,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are stopped too
     model = make_first_layers(demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct"))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    document_ids = tokenizer((Path(demo_model.__file__).parent / "document.txt").read_text())["input_ids"]
+    document_ids = tokenizer(DOCUMENT.read_text())["input_ids"]
     folder = Path(tempfile.mkdtemp())
     print(f"SEED={first} variant {variant}; the servers' logs: {folder}", flush=True)
     with Fleet(model, folder, variant) as fleet:

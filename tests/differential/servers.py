@@ -10,7 +10,7 @@ from typing import NamedTuple
 import requests
 from transformers import AutoModelForCausalLM
 
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 from tests.differential.streams import read_stream
 from tests.lora_adapters import write_adapter
 from tests.server import forked

@@ -53,7 +53,7 @@ def test_the_wheel_imports_and_registers_without_the_checkout(installed, tmp_pat
         f"import sys; sys.path.insert(0, {str(installed)!r})\n"
         f"import {', '.join(PACKAGES)}, metasoft_patches.cpu as platform\n"
         f"for module in ({', '.join(PACKAGES)}): assert module.__file__.startswith({str(installed)!r}), module\n"
-        "from sglang_metasoft.demo.conversation import DOCUMENT; assert len(DOCUMENT.read_text()) > 10_000\n"
+        "from sglang_metasoft.data import DOCUMENT; assert len(DOCUMENT.read_text()) > 10_000\n"
         "from importlib.resources import files\n"
         "assert (files('sglang_metasoft.inspect') / 'page/page.html').is_file()\n"
         "assert (files('sglang_metasoft') / 'compressor/shipped/smollm2-135m-instruct/model.safetensors').is_file()\n"

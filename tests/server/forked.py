@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from sglang_metasoft.demo.server import Server
+from sglang_metasoft.local_server import Server
 
 # libgomp's threads and CUDA's context do not survive a fork.
 IS_ON = (

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sglang_metasoft.compressor.soft_tokens import SoftTokens
-from sglang_metasoft.demo.server import ServerFailed
 from sglang_metasoft.hf.shape import read_shape
+from sglang_metasoft.local_server import ServerFailed
 from tests.server.forked import start
 
 pytestmark = pytest.mark.server

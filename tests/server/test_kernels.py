@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sglang_metasoft.demo.server import ServerFailed
+from sglang_metasoft.local_server import ServerFailed
 from tests.server.checks import metasoft
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]  # Triton's interpreter takes minutes

@@ -1,14 +1,13 @@
 """A real server's compressed cache against the independent Hugging Face implementation, on real prompts of 1K to 3K."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import sglang_metasoft
+from sglang_metasoft.data import DOCUMENT
 from tests.reference.meta_soft_reference import Reference
 from tests.server.checks import SALT, metasoft
 
@@ -49,7 +48,7 @@ def served(request, start_server, compressor_dir, tokenizer, tmp_path_factory):
 
 def calibration_ids(tokenizer) -> list[int]:
     """The text that `key_bias` fits its directions to."""
-    text = (Path(sglang_metasoft.__file__).parent / "demo" / "document.txt").read_text()
+    text = DOCUMENT.read_text()
     return tokenizer.encode(text, add_special_tokens=False)[:1024]
 
 

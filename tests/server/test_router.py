@@ -8,7 +8,7 @@ import time
 import pytest
 import requests
 
-from sglang_metasoft.demo.server import Server, free_port
+from sglang_metasoft.local_server import Server, free_port
 from tests.server.checks import metasoft
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

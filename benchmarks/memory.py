@@ -81,8 +81,8 @@ def plot(result: dict, path: Path) -> None:
     axes.set(
         xlabel="seconds" if torch.accelerator.is_available() else "CPU seconds of the scheduler",
         ylabel="requests decoding at once",
-        title=f"{PROMPT_TOKENS}-token prompts, a KV pool of {pool:,} tokens (four raw prompts)",
-        ylim=(0, None),
+        title=f"{PROMPT_TOKENS:,}-token prompts, a KV pool of {pool:,} tokens (four raw prompts)",
+        ylim=(0, 1.45 * max(result[name]["peak_running_requests"] for name in SYSTEMS)),
         xlim=(0, None),
     )
     axes.grid(alpha=0.25)

@@ -23,19 +23,6 @@ def groups() -> dict[str, list[str]]:
 DEVELOPERS = [f"docs/{page}" for page in groups()["Developers"]]
 USERS = ["README.md", *(f"docs/{page}" for name, pages in groups().items() if name != "Developers" for page in pages)]
 OTHERS = ["CONTRIBUTING.md", "CHANGELOG.md"]
-# Pages that break a rule until they are written anew. When one no longer does, its test fails: take it out here.
-NOT_YET = {
-    "lines": ["docs/sharing.md"],
-    "sentences": ["docs/sharing.md"],
-    "diary": [],
-    "links": [],
-}
-
-
-def pages(rule: str, *names: str) -> list:
-    """Parameters of a test: the pages that a rule is for."""
-    mark = pytest.mark.xfail(strict=True, reason="the page is not written anew yet")
-    return [pytest.param(name, marks=mark if name in NOT_YET[rule] else ()) for name in names]
 
 
 def prose(markdown: str) -> list[str]:
@@ -79,7 +66,7 @@ def test_sentences_are_told_apart():
     assert paragraphs(lines) == ["# A", "One two", "- three four", "five"]
 
 
-@pytest.mark.parametrize("page", pages("lines", *USERS, *DEVELOPERS, *OTHERS))
+@pytest.mark.parametrize("page", [*USERS, *DEVELOPERS, *OTHERS])
 def test_lines_are_short(page):
     lines = (ROOT / page).read_text().splitlines()
     shown = prose((ROOT / page).read_text())
@@ -87,18 +74,18 @@ def test_lines_are_short(page):
     assert len(lines) <= MOST_LINES.get(page, len(lines))
 
 
-@pytest.mark.parametrize("page", pages("sentences", *USERS, *OTHERS))
+@pytest.mark.parametrize("page", [*USERS, *OTHERS])
 def test_sentences_are_short(page):
     found = [text for part in paragraphs(prose((ROOT / page).read_text())) for text in sentences(part)]
     assert [text for text in found if words(text) > LONGEST_SENTENCE_WORDS] == []
 
 
-@pytest.mark.parametrize("page", pages("diary", *USERS, *DEVELOPERS, *OTHERS))
+@pytest.mark.parametrize("page", [*USERS, *DEVELOPERS, *OTHERS])
 def test_the_laboratory_diary_is_in_the_lab(page):
     assert DIARY.findall((ROOT / page).read_text()) == []
 
 
-@pytest.mark.parametrize("page", pages("links", "README.md", *OTHERS))
+@pytest.mark.parametrize("page", ["README.md", *OTHERS])
 def test_links_into_the_repository_lead_somewhere(page):
     """MkDocs checks those between the pages of docs/."""
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())

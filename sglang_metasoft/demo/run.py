@@ -8,8 +8,8 @@ from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.demo import conversation, setup, table
 from sglang_metasoft.demo.progress import Progress
 from sglang_metasoft.demo.questions import MAX_ANSWER_TOKENS, Task, check_length
-from sglang_metasoft.estimate import fit_compressed, fit_raw
 from sglang_metasoft.local_server import Server
+from sglang_metasoft.pipeline.estimate import fit_compressed, fit_raw
 
 
 def run(folder: Path, task: Task, flags: list[str]) -> None:

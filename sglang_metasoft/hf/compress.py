@@ -40,10 +40,10 @@ def compress(
 
     def attend(layer, q, k, v, scale):
         pool = LayerPool(entries[layer].key, entries[layer].value, scale, 1.0, 1.0)
-        heads = [tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v)]
+        q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v))
         gate = method.gate_scale(layer, 0, model.shape.num_kv_heads)
         for job, result in zip(jobs, results, strict=True):
-            out, routes, merged, _ = compress_layer(job, *heads, pool, method, gate, layer)
+            out, routes, merged, _ = compress_layer(job, q, k, v, pool, method, gate, layer)
             result.append((routes, merged))
         return out.transpose(0, 1)[None]
 

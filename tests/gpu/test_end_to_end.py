@@ -242,7 +242,7 @@ def test_retraction_by_a_small_pool(start_server, long_ids, page):
 def test_stages_give_the_same_choice_on_gpu_and_cpu():
     """float32, same input: kept indices equal, merged values close."""
     from sglang_metasoft.types import LayerPool
-    from tests.unit.test_pipeline import SPAN, run
+    from tests.unit.test_not_finite import SPAN, run
 
     pools = [torch.randn(SPAN, 3, 16), torch.randn(SPAN, 3, 16)]
     results = [run(LayerPool(*(pool.to(device) for pool in pools), 0.25, 1.0, 1.0)) for device in ("cpu", "cuda")]

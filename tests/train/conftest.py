@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from sglang_metasoft.train.backbone import Backbone
+from sglang_metasoft.train.dataset import Dataset
+from sglang_metasoft.train.prepare import prepare
 from sglang_metasoft.train.settings import TrainSettings
 
 
@@ -50,3 +53,21 @@ def settings(tiny_model, corpus, prepared_folder, tmp_path):
         return TrainSettings(**defaults | values)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_model):
+    return Backbone(str(tiny_model), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def case(backbone, document):
+    dataset = Dataset(
+        backbone.tokenizer, [document], [], lengths=(80, 120), window=16, repeat_share=1, answer_tokens=8, seed=1
+    )
+    return next(case for case in map(dataset.__getitem__, range(50)) if case.family == "needles")
+
+
+@pytest.fixture(scope="module")
+def prepared(backbone, case):
+    return prepare(backbone, case, 8)

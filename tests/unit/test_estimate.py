@@ -1,9 +1,9 @@
 """How many prompts fit: against a slot-by-slot filling of the pool, and the figures of docs/performance.md."""
 
 import pytest
-from metasoft_patches.doctor.estimate import fit_compressed, fit_raw
 
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.pipeline.estimate import fit_compressed, fit_raw
 from sglang_metasoft.pipeline.plan import plan_span
 
 REQUEST = dict(prompt_tokens=2048, output_tokens=16)

@@ -12,11 +12,11 @@ import torch
 
 from metasoft_patches import compat
 from metasoft_patches.cpu import DEFAULT_MEMORY_FRACTION, DEFAULT_POOL_TOKENS
-from metasoft_patches.doctor.estimate import fit_compressed, fit_raw
 from metasoft_patches.doctor.machine_checks import Check
 from sglang_metasoft.compressor.files import check_compressor
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.hf.shape import kv_bytes_per_entry, read_config, read_shape
+from sglang_metasoft.pipeline.estimate import fit_compressed, fit_raw
 from sglang_metasoft.types import ModelShape
 
 GIB = 2**30

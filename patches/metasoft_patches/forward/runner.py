@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -125,7 +126,7 @@ class ProbeRunner:
         jobs = [self._make_job_in_step(guard, *item) for item in items]
         trace: list[list] | None = [[] for _ in jobs] if self.config.trace_dir else None
         finite: list[list[torch.Tensor]] = [[] for _ in jobs]
-        batch = None
+        batch: Any = None  # of either kind; no layer is compressed before it is made
         with guard():
             if guard.error is None:
                 batch = make_batch(jobs, self.method, self.kernels.attend, self.first_kv_head)

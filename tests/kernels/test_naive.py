@@ -1,4 +1,4 @@
-"""The stages on plain tensors, without a server: masses, selection, routing, consolidation."""
+"""The torch implementation of each stage, one by one: masses, selection, routing, consolidation."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for NVIDIA GPUs without one, for the arguments that a real launch would pass.
 
-    python tests/kernels/compile_ahead.py            # one line of JSON per kernel, shape and GPU
+    python -m tests.kernels.compile_ahead            # one line of JSON per kernel, shape and GPU
 
 The interpreter accepts code that the compiler refuses, and knows nothing of registers and shared memory. Launches are
 recorded on fake tensors, so the arguments are those of a server.

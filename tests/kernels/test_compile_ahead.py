@@ -20,7 +20,7 @@ def compile_shape(number: int, *flags: str) -> list[dict]:
     """In a process of its own: in this one kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
-    command = [sys.executable, "tests/kernels/compile_ahead.py", "--shapes", str(number), *flags]
+    command = [sys.executable, "-m", "tests.kernels.compile_ahead", "--shapes", str(number), *flags]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return [json.loads(line) for line in run.stdout.splitlines()]

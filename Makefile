@@ -46,7 +46,7 @@ $(OTHERS:%=test-%-identity): test-%-identity: .venv-%/.installed
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -m "not slow" tests/contract tests/server/test_identity.py
 
 bench-memory: $(MODEL)
-	$(BIN)/python benchmarks/memory.py --plot docs/memory.png
+	$(BIN)/python benchmarks/memory.py --output build/memory.json --plot build/memory.png
 
 gpu-test: $(MODEL)
 	$(BIN)/python -m pytest tests/gpu tests/kernels -s
@@ -70,9 +70,12 @@ eval: $(MODEL)
 soak: $(MODEL)
 	$(BIN)/python tests/soak.py --seconds 600 --faults
 
-# Random requests against plain SGLang as the oracle, with a new seed each time; SEED=, SECONDS= and VARIANT= say otherwise.
+# Random orders of events in a scheduler without a model, then random requests against plain SGLang as the oracle. A new
+# seed each time; SEED=, SECONDS= (of the latter) and VARIANT= say otherwise.
 fuzz: $(MODEL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.differential.fuzz $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) \
+	seed=$(or $(SEED),$$(shuf -i 0-999999999 -n 1)); export OMP_NUM_THREADS=1; \
+	  METASOFT_FUZZ_SEED=$$seed $(BIN)/python -m pytest -q tests/unit/test_any_order_of_events.py && \
+	  $(BIN)/python -m tests.differential.fuzz --seed $$seed $(if $(SECONDS),--seconds $(SECONDS)) \
 	  $(if $(VARIANT),--variant $(VARIANT))
 
 lint: $(INSTALLED)

@@ -8,10 +8,10 @@ several of them separated by ``&``, alternatives by ``|``; so a right name in a 
 
 import argparse
 import contextlib
-import json
 import tempfile
 from pathlib import Path
 
+from sglang_metasoft.bench import result_file
 from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.demo.conversation import CACHES, ask
@@ -121,10 +121,10 @@ def try_all(server: Server, boundary_tokens: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server, with --enable-metasoft; default: one on the demo model")
-    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
+    parser.add_argument("--folder", type=Path, default=demo_model.FOLDER, help="where the demo model is kept")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
+    model = demo_model.prepare(args.folder / demo_model.NAME)
     from transformers import AutoTokenizer
 
     task = Task("the shipped document", DOCUMENT.read_text(), SHIPPED)
@@ -138,7 +138,7 @@ def main() -> None:
     counts["both caches"] = sum(all(row["right"][cache] for cache in CACHES) for row in rows)
     print(f"{len(rows)} candidates, right:", counts)
     if args.output:
-        args.output.write_text(json.dumps({"counts": counts, "rows": rows}, indent=1) + "\n")
+        result_file.write(args.output, {"counts": counts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def report(**values) -> None:
 def prepare_model(name: str, folder: Path) -> tuple[Path, list[str], int]:
     """Folder, flags and vocabulary size."""
     if name == "demo":
-        return demo_model.prepare(Path(".demo") / "SmolLM2-135M-Instruct"), [], 49_000
+        return demo_model.prepare(demo_model.PATH), [], 49_000
     (folder / "config.json").write_text(json.dumps(LLAMA_8B))
     return folder, ["--load-format", "dummy", "--skip-tokenizer-init"], 128_000
 

@@ -83,7 +83,7 @@ def main() -> None:
     if not torch.cuda.is_available() and not args.cpu:
         print("No GPU here. Would count the calls in which the scheduler waits, with and without compression.")
         return
-    model = demo_model.prepare(Path(".demo") / "SmolLM2-135M-Instruct")
+    model = demo_model.prepare(demo_model.PATH)
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(model)(DOCUMENT.read_text())["input_ids"]

@@ -18,22 +18,35 @@ import time
 from typing import NamedTuple
 
 import torch
+from metasoft_kernels.bias import fused as bias_kernels
 from metasoft_kernels.merge import fused as merge_kernels
 from metasoft_kernels.move import fused as move_kernels
 from metasoft_kernels.probe import fused as probe_kernels
 from metasoft_kernels.probe.flashinfer_probe import FlashInferProbe
 from metasoft_kernels.ragged import ragged
+from metasoft_kernels.refine import fused as refine_kernels
+from metasoft_kernels.refine.naive import Weights
+from metasoft_kernels.repeats import fused as repeat_kernels
+from metasoft_kernels.repeats.naive import Groups
 from metasoft_kernels.route import fused as route_kernels
 from metasoft_kernels.score import fused as score_kernels
 from metasoft_kernels.select import fused as select_kernels
 from metasoft_kernels.select import naive as select_naive
 
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.consolidations.repeats import group_repeats
 
 WINDOW, SINK, TARGETS, SOFT_TOKENS = 64, 4, 4, 32
+SCORER_WIDTH, WORDS = 32, 20_000  # of the entry scorer; drawn from so many, the frequent ones more often
+STAGES = {  # of a layer, by what is served
+    "none": ("probe", "score", "select", "move"),
+    "attention_flow": ("probe", "score", "select", "route", "merge", "move"),
+    "key_bias": ("probe", "score", "refine", "repeats", "mark", "bias", "move_biased"),  # the shipped compressor
+}
 ENTRY_BYTES = 2  # bf16
 # NVIDIA's data sheet of the H200 SXM: HBM3e bandwidth, and bf16 tensor cores without sparsity.
 H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND = 4.8e12, 989e12
+FLOAT32_FLOPS_PER_SECOND = 67e12  # the same sheet, without tensor cores
 REPEATS = 20
 
 
@@ -63,6 +76,7 @@ class Cost(NamedTuple):
 
     bytes: float
     flops: float = 0.0
+    float32_flops: float = 0.0  # in float32, which no tensor core makes
 
 
 class Batch(NamedTuple):
@@ -89,6 +103,8 @@ def count(model: Model, batch: Batch) -> dict[str, Cost]:
     groups, d, rows = model.groups, model.head_dim, SOFT_TOKENS * model.heads
     entry = groups * d * ENTRY_BYTES  # K or V of one token
     pairs = dropped * groups * TARGETS
+    scores = 4 * span * groups  # one float32 for each entry and head
+    groupings = 12 * span  # three int32 for each entry
     layer = {
         "probe": Cost(2 * tokens * entry, 4 * tokens * rows * d),
         "score": Cost(span * entry + 4 * span * groups, 2 * span * rows * d),
@@ -97,8 +113,13 @@ def count(model: Model, batch: Batch) -> dict[str, Cost]:
         # Sort by key (4 bytes) with its place (8 bytes), each read and written once per 8 of 32 bits; then each V once.
         "merge": Cost(pairs * 12 * 2 * 4 + pairs * 8 + (dropped + 2 * kept) * entry, 2 * pairs * d),
         "move": Cost(4 * kept * entry),
+        "refine": Cost(2 * span * entry + 3 * scores, 0, 2 * span * groups * (1.5 * d + 2) * SCORER_WIDTH),
+        "repeats": Cost(2 * scores + groupings),
+        "mark": Cost(5 * scores + span * groups + 4 * kept * groups),
+        "bias": Cost(2 * (4 * scores + span * groups + groupings) + 8 * kept * groups),
+        "move_biased": Cost(4 * kept * entry + 8 * kept * groups),
     }
-    return {stage: Cost(batch.prompts * cost.bytes, batch.prompts * cost.flops) for stage, cost in layer.items()}
+    return {stage: Cost(*(batch.prompts * part for part in cost)) for stage, cost in layer.items()}
 
 
 def prefill_flops(model: Model, batch: Batch) -> float:
@@ -172,7 +193,22 @@ def measure_stages(model: Model, batch: Batch) -> dict[str, float]:
     target, weight = route_kernels.route(*route)
     merge = (value, span_slots, mass, kept_rows, dropped_rows, target, weight, kept, gate, 1.0, dtype)
     merged, _ = merge_kernels.attention_flow(*merge)
+    directions = torch.randn(prompts, groups, d, device=device)
+    groupings, weights, modes = draw_shipped(model, batch, device)
+    refine = (mass, key, value, span_slots, weights, modes, 0, 0, span)
+    scored = refine_kernels.log_importance(*refine)
+    ranked = repeat_kernels.demote(scored, groupings, span)
+    marked_rows = torch.empty_like(kept_rows)
+    is_kept = select_kernels.mark_top(ranked, sinks, span, kept, marked_rows)
+    bias = (scored, is_kept, marked_rows, groupings, sinks, span, kept)
+    biases = bias_kernels.log_biases(*bias)
+    biased = (key, value, span_slots, marked_rows, new_slots, biases, directions, kept, scale)
     stages = {
+        "refine": lambda: refine_kernels.log_importance(*refine),
+        "repeats": lambda: repeat_kernels.demote(scored, groupings, span),
+        "mark": lambda: select_kernels.mark_top(ranked, sinks, span, kept, marked_rows),
+        "bias": lambda: bias_kernels.log_biases(*bias),
+        "move_biased": lambda: move_kernels.move_biased(*biased),
         "probe": lambda: probe_kernels.attend(*own_probe),
         "score": lambda: score_kernels.importance(*score),
         "select": lambda: select_kernels.split_top(mass, sinks, span, kept, dropped),
@@ -191,6 +227,17 @@ def measure_stages(model: Model, batch: Batch) -> dict[str, float]:
     except Exception as error:  # absent, or without kernels for this GPU
         print(f"FlashInfer not measured: {type(error).__name__}: {error}", flush=True)
     return times
+
+
+def draw_shipped(model: Model, batch: Batch, device) -> tuple[Groups, Weights, torch.Tensor]:
+    """Repeats of prompts of drawn words, an entry scorer's weights, and which of them each prompt takes."""
+    d, width, heads = model.head_dim, SCORER_WIDTH, (2, 1, model.groups)
+    ids = [(torch.rand(batch.span_tokens, device=device) ** 3 * WORDS).long() for _ in range(batch.prompts)]
+    parts = zip(*(group_repeats(each) for each in ids), strict=True)
+    shapes = ((*heads, d + d // 2 + 2, width), (*heads, width), (*heads, width), heads, heads)
+    weights = Weights(*(torch.randn(shape, device=device) / 10 for shape in shapes))
+    modes = torch.zeros(batch.prompts, dtype=torch.int32, device=device)
+    return Groups(*(torch.cat(part, dim=1) for part in parts)), weights, modes
 
 
 def topk_of_composite_keys(mass: torch.Tensor, kept: int) -> torch.Tensor:
@@ -233,7 +280,11 @@ def report(name: str, batch: Batch, device: Cost | None) -> dict:
     model = MODELS[name]
     costs = count(model, batch)
     peak = device or Cost(H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND)
-    floors = {stage: 1e3 * max(cost.bytes / peak.bytes, cost.flops / peak.flops) for stage, cost in costs.items()}
+    floors = {
+        stage: 1e3
+        * max(cost.bytes / peak.bytes, cost.flops / peak.flops, cost.float32_flops / FLOAT32_FLOPS_PER_SECOND)
+        for stage, cost in costs.items()
+    }
     times = measure_stages(model, batch) if device else floors
     if device:
         prefill_ms = batch.prompts * measure_prefill(model, batch.tokens)
@@ -244,7 +295,7 @@ def report(name: str, batch: Batch, device: Cost | None) -> dict:
     stages = {
         stage: {
             "mega_bytes": round(cost.bytes / 1e6, 1),
-            "giga_flops": round(cost.flops / 1e9, 1),
+            "giga_flops": round((cost.flops + cost.float32_flops) / 1e9, 1),
             "microseconds": round(1e3 * times[stage], 1),
             "microseconds_launched": round(1e3 * times[f"{stage}_launched"], 1) if device else None,
             "share_of_roofline": round(floors[stage] / times[stage], 2) if device else None,
@@ -252,8 +303,9 @@ def report(name: str, batch: Batch, device: Cost | None) -> dict:
         for stage, cost in costs.items()
     }
     others = [key for key in times if key.removesuffix("_launched") not in costs]
-    whole_ms = sum(times[stage] for stage in costs)
-    flowless_ms = whole_ms - times["route"] - times["merge"]
+    whole_ms, flowless_ms, shipped_ms = (
+        sum(times[stage] for stage in STAGES[name]) for name in ("attention_flow", "none", "key_bias")
+    )
     return {
         "times": "measured" if device else "PROJECTED from nominal H200 peaks, nothing was run",
         "model": name, "prompts": batch.prompts, "prompt_tokens": batch.tokens, "ratio": batch.ratio,
@@ -263,6 +315,8 @@ def report(name: str, batch: Batch, device: Cost | None) -> dict:
         "prefill_ms": round(model.layers * prefill_ms, 1),
         "compression_percent_of_prefill": round(100 * (whole_ms + body_ms) / prefill_ms, 2),
         "without_consolidation_percent_of_prefill": round(100 * (flowless_ms + body_ms) / prefill_ms, 2),
+        "shipped_compression_ms": round(model.layers * (shipped_ms + body_ms), 2),
+        "shipped_percent_of_prefill": round(100 * (shipped_ms + body_ms) / prefill_ms, 2),
         "probe_percent_of_prefill": round(100 * (times["probe"] + body_ms) / prefill_ms, 2),
         "probe_attention_percent_of_prefill": round(100 * times["probe"] / prefill_ms, 2),
     }  # fmt: skip

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import requests
 
+from sglang_metasoft.bench import result_file
 from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.local_server import Server
@@ -50,13 +51,13 @@ def measure(server: Server, prompts: list[list[int]]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
+    parser.add_argument("--folder", type=Path, default=demo_model.FOLDER, help="where the demo model is kept")
     parser.add_argument("--prompt-tokens", type=int, default=7680)
     parser.add_argument("--chunk", type=int, default=512, help="--chunked-prefill-size of every server")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     args = parser.parse_args()
-    model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
+    model = demo_model.prepare(args.folder / demo_model.NAME)
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(model)(DOCUMENT.read_text())["input_ids"]
@@ -72,7 +73,7 @@ def main() -> None:
                 result = results[f"{pool}, {name}"] = measure(server, prompts)
                 print(f"pool {pool} ({pool_tokens} tokens), {name}:", json.dumps(result), flush=True)
     if args.output:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        result_file.write(args.output, results)
 
 
 if __name__ == "__main__":

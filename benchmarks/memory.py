@@ -4,23 +4,23 @@ The pool holds four raw prompts of 2,048 tokens plus their output. The same requ
 ``--enable-metasoft`` and to the same with ``--metasoft-during-prefill``; the figure is the largest
 ``sglang:num_running_reqs`` that each server reports of itself.
 
-    python benchmarks/memory.py [--requests 18] [--output memory.json] [--plot docs/memory.png]
+    python benchmarks/memory.py [--requests 18] [--output memory.json] [--plot memory.png]
 
 With ``--over-admit`` SGLang is not told that every output is of full length: it expects some to end early, lets more
 requests in than fit to their end, and retracts. That counts retractions with and without compression.
 """
 
 import argparse
+import itertools
 import json
-import platform
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
 import torch
 
+from sglang_metasoft.bench import result_file
 from sglang_metasoft.bench.watch import PeakWatcher
 from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
@@ -57,8 +57,14 @@ def measure(model: Path, flags: list[str], prompts: list[list[int]], new_tokens:
         "retractions": sum(meta["num_retractions"] for meta in metas),
         "bypassed": sorted(meta["metasoft_bypass"] for meta in metas if "metasoft_bypass" in meta),
         "pool_tokens": pool_tokens,
-        "series": watcher.series,
+        "series": steps(watcher.series),
     }
+
+
+def steps(series: list[tuple]) -> list[tuple]:
+    """The samples at which the running requests changed, and the last one."""
+    changed = [now for before, now in itertools.pairwise(series) if before[1] != now[1]]
+    return [series[0], *changed, series[-1]]
 
 
 def plot(result: dict, path: Path) -> None:
@@ -93,20 +99,20 @@ def plot(result: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
+    parser.add_argument("--folder", type=Path, default=demo_model.FOLDER, help="where the demo model is kept")
     parser.add_argument("--requests", type=int, default=18, help="requests sent at once")
     parser.add_argument("--new-tokens", type=int, default=16, help="output tokens of each request")
     parser.add_argument("--over-admit", action="store_true", help="let SGLang expect that outputs end early")
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     parser.add_argument("--plot", type=Path, help="also draw it as PNG (needs matplotlib)")
     args = parser.parse_args()
-    model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
+    model = demo_model.prepare(args.folder / demo_model.NAME)
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(model)(DOCUMENT.read_text())["input_ids"]
     # Different prompts: each starts elsewhere in the document, so none shares a prefix with another.
     prompts = [(ids[97 * n :] + ids)[:PROMPT_TOKENS] for n in range(args.requests)]
-    result = {"date": date.today().isoformat(), "machine": f"{torch.get_num_threads()} cores, {platform.machine()}"}
+    result = {}
     for name, flags in SYSTEMS.items():
         result[name] = measure(model, flags, prompts, args.new_tokens, args.over_admit)
         print(name, json.dumps({key: value for key, value in result[name].items() if key != "series"}), flush=True)
@@ -114,7 +120,7 @@ def main() -> None:
         times = result[name]["peak_running_requests"] / result["plain"]["peak_running_requests"]
         print(f"running requests, {name}: {times:.2f}x")
     if args.output:
-        args.output.write_text(json.dumps(result) + "\n")
+        result_file.write(args.output, result)
     if args.plot:
         plot(result, args.plot)
 

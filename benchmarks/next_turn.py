@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from sglang_metasoft.bench import result_file
 from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.local_server import Server
@@ -52,7 +53,7 @@ def measure(server: Server, prompts: list[list[int]], turn: list[int], turns: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
+    parser.add_argument("--folder", type=Path, default=demo_model.FOLDER, help="where the demo model is kept")
     parser.add_argument("--prompt-tokens", type=int, default=6000)
     parser.add_argument("--turn-tokens", type=int, default=40)
     parser.add_argument("--turns", type=int, default=3, help="next turns over each prompt")
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="further flags of every server, after --")
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     args = parser.parse_args()
-    model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
+    model = demo_model.prepare(args.folder / demo_model.NAME)
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(model)(DOCUMENT.read_text())["input_ids"]
@@ -78,7 +79,7 @@ def main() -> None:
             results[name] = measure(server, prompts, turn, args.turns)
             print(f"{name}:", json.dumps(results[name]), flush=True)
     if args.output:
-        args.output.write_text(json.dumps(results, indent=2) + "\n")
+        result_file.write(args.output, results)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ the prompt tokens that had to be computed, and the requests that found no free s
 
 import argparse
 import itertools
-import json
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sglang_metasoft.bench import result_file
 from sglang_metasoft.data import DOCUMENT
 from sglang_metasoft.demo import model as demo_model
 from sglang_metasoft.local_server import Server
@@ -51,10 +51,10 @@ def growing_chats(server: Server, ids: list[int]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
+    parser.add_argument("--folder", type=Path, default=demo_model.FOLDER, help="where the demo model is kept")
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     args = parser.parse_args()
-    model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
+    model = demo_model.prepare(args.folder / demo_model.NAME)
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(model)(DOCUMENT.read_text())["input_ids"]
@@ -81,7 +81,7 @@ def main() -> None:
                 rows.append(row)
                 print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
     if args.output:
-        args.output.write_text(json.dumps(rows, indent=2) + "\n")
+        result_file.write(args.output, rows)
 
 
 if __name__ == "__main__":

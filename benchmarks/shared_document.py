@@ -34,13 +34,13 @@ def score(plain: Server, prompts: list[list[int]], outputs: list[list[int]], kno
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(".demo"), help="where the demo model is kept")
+    parser.add_argument("--folder", type=Path, default=demo_model.FOLDER, help="where the demo model is kept")
     parser.add_argument("--method", default="metasoft", help="--metasoft-method of the server")
     parser.add_argument("--path", default=demo_model.COMPRESSOR, help="--metasoft-path; empty for methods without one")
     parser.add_argument("--ratio", type=float, default=4, help="--metasoft-ratio of the server")
     parser.add_argument("--output", type=Path, help="also write the result as JSON")
     args = parser.parse_args()
-    model = demo_model.prepare(args.folder / "SmolLM2-135M-Instruct")
+    model = demo_model.prepare(args.folder / demo_model.NAME)
     from transformers import AutoTokenizer
 
     prompts, answers, shared = make_prompts(AutoTokenizer.from_pretrained(model))

@@ -4,15 +4,19 @@ Each stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``, so that t
 hook of MkDocs this takes the marks out.
 """
 
+import json
 import re
 from pathlib import Path
 
 from metasoft_patches.compat import support_matrix
+from metasoft_patches.families import families_table
 from metasoft_patches.metrics import metrics_table
 
-from sglang_metasoft.config import RequestOptions, settings_of
+from sglang_metasoft.config import settings_of
+from sglang_metasoft.request_options import RequestOptions
 from sglang_metasoft.types import Bypass
 
+RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 NAME = re.compile(r"<td>(?=<code>[^\s<]+</code></td>)")  # a cell with one name, and nothing else
 FIGURE = re.compile(r"<td>(?=[^<]{1,16}\)</td>)")  # a figure with its interval
@@ -52,11 +56,48 @@ def bypasses() -> str:
     return "\n".join(rows)
 
 
+def percent(row: dict, name: str) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{100 * row[name]:.0f} ({100 * low:.0f}–{100 * high:.0f})"
+
+
+def natural() -> str:
+    """First choices kept and rise of the loss on natural documents, from the result file."""
+    found = json.loads((RESULTS / "2026-11-28-natural.json").read_text())["rows"]
+    lines = [
+        "| documents | question | method | 4× kept | 4× nats | 8× kept | 8× nats | worst at 4× |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for split in ("frozen", "development"):
+        for mode in ("inside", "after"):
+            rows = [row for row in found if (row["split"], row["mode"]) == (split, mode)]
+            for method in dict.fromkeys(row["method"] for row in rows):
+                four, eight = (next(r for r in rows if (r["method"], r["ratio"]) == (method, n)) for n in (4, 8))
+                cells = [f"{percent(row, 'kept')} | {row['nats']:+.2f}" for row in (four, eight)]
+                lines.append(f"| {split} | {mode} | {method} | {' | '.join(cells)} | {100 * four['kept_worst']:.0f} |")
+    return "\n".join(lines)
+
+
+def needles() -> str:
+    """Shares of the full cache's score on RULER's needles, from the result file."""
+    found = json.loads((RESULTS / "2026-11-28-needles.json").read_text())["rows"]
+    rows = [row for row in found if row["group"] == "all"]
+    columns = [(mode, ratio) for mode in ("inside", "after") for ratio in (4, 8, 16)]
+    lines = [f"| method | {' | '.join(f'{mode} {ratio}×' for mode, ratio in columns)} |", "|---" * 7 + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = {(r["mode"], r["ratio"]): percent(r, "retention") for r in rows if r["method"] == method}
+        lines.append(f"| {method} | {' | '.join(cells[column] for column in columns)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "natural": natural,
+    "needles": needles,
     "flags": flags,
     "request_fields": request_fields,
     "bypasses": bypasses,
     "support_matrix": support_matrix,
+    "families": families_table,
     "metrics": metrics_table,
 }
 

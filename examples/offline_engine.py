@@ -4,7 +4,6 @@ python examples/offline_engine.py [--model-path MODEL]
 """
 
 import argparse
-from pathlib import Path
 
 import sglang as sgl
 
@@ -39,4 +38,4 @@ if __name__ == "__main__":  # SGLang starts its processes by importing this file
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", help="default: the demo model")
     args = parser.parse_args()
-    run(args.model_path or str(demo_model.prepare(Path(".demo") / "SmolLM2-135M-Instruct")))
+    run(args.model_path or str(demo_model.prepare(demo_model.PATH)))

@@ -15,7 +15,7 @@ def serve_demo(url: str | None, flags: tuple[str, ...] = ()) -> Iterator[str]:
     if url is not None:
         yield url
         return
-    model = demo_model.prepare(Path(".demo") / "SmolLM2-135M-Instruct")
+    model = demo_model.prepare(demo_model.PATH)
     with tempfile.TemporaryDirectory() as scratch:
         with Server(model, ["--enable-metasoft", *flags], log=Path(scratch) / "server.log") as server:
             yield server.url

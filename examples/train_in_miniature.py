@@ -49,5 +49,5 @@ if __name__ == "__main__":  # SGLang starts its processes by importing this file
     parser.add_argument("--output", type=Path, help="folder of the run; default: a temporary one")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        path = args.model_path or str(demo_model.prepare(Path(".demo") / "SmolLM2-135M-Instruct"))
+        path = args.model_path or str(demo_model.prepare(demo_model.PATH))
         run(path, args.output or Path(scratch), args.steps, args.cases)

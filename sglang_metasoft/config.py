@@ -9,10 +9,11 @@ import json
 import math
 import multiprocessing.context
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 BACKEND_NAME = "metasoft"  # of the radix cache, among SGLang's
+AUTO = "auto"  # a method that depends on what is found for the model: sglang_metasoft.methods.auto
 METHODS = {  # loaded lazily by sglang_metasoft.methods.load_method
     "metasoft": "sglang_metasoft.methods.metasoft:MetaSoft",
     "judge_q": "sglang_metasoft.methods.judge_q:JudgeQ",
@@ -24,6 +25,9 @@ METHODS = {  # loaded lazily by sglang_metasoft.methods.load_method
     "kvcompose": "sglang_metasoft.methods.kvcompose:KVCompose",
     "nestedkv": "sglang_metasoft.methods.nestedkv:NestedKV",
     "expected_attention": "sglang_metasoft.methods.expected_attention:ExpectedAttention",
+    "keydiff": "sglang_metasoft.methods.keydiff:KeyDiff",
+    "snapkv_keydiff": "sglang_metasoft.methods.snapkv_keydiff:SnapKVKeyDiff",
+    "random": "sglang_metasoft.methods.random_choice:RandomChoice",
 }
 CONSOLIDATIONS = {  # loaded lazily by sglang_metasoft.consolidations.load_consolidation
     "none": "sglang_metasoft.consolidations.none:Drop",
@@ -39,7 +43,7 @@ NUMBER_LIMIT = 2**63  # what a request carries must fit SGLang's messages betwee
 SHOWN_CHARS = 200
 
 
-def _setting(default: Any, *, flag: str | None, allowed: str, check: Callable[[Any], bool], help: str) -> Any:
+def setting(default: Any, *, flag: str | None, allowed: str, check: Callable[[Any], bool], help: str) -> Any:
     """A field with its command-line flag (None: JSON only), the allowed values in words, and their check."""
     metadata = {"flag": flag, "allowed": allowed, "check": check, "help": help}
     return dataclasses.field(default=default, metadata=metadata)
@@ -49,11 +53,14 @@ def _is_ratio(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < NUMBER_LIMIT
 
 
-def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+def _is_number_from(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_int_from(low: int, below: float = math.inf) -> Callable[[Any], bool]:
+_is_share = _is_number_from(0, 1)
+
+
+def is_int_from(low: int, below: float = math.inf) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value < below
 
 
@@ -77,58 +84,67 @@ class MetaSoftConfig:
         ValueError: a value is outside its allowed range; the message names both.
     """
 
-    ratio: float = _setting(
+    ratio: float = setting(
         4.0,
         flag="--metasoft-ratio",
         allowed="a number >= 1 and < 2**63 (1 keeps every entry)",
         check=_is_ratio,
         help="Prompt tokens per kept KV entry, the raw window counted as kept.",
     )
-    budget: int | None = _setting(
+    budget: int | None = setting(
         None,
         flag="--metasoft-budget",
         allowed="an integer >= 1 and < 2**63",
-        check=_or_none(_is_int_from(1, NUMBER_LIMIT)),
+        check=_or_none(is_int_from(1, NUMBER_LIMIT)),
         help="Kept KV entries per prompt, what stays raw included, but at least 16 of each span; overrides the ratio.",
     )
-    min_tokens: int = _setting(
+    min_tokens: int = setting(
         512,
         flag="--metasoft-min-tokens",
         allowed="an integer >= 1",
-        check=_is_int_from(1),
+        check=is_int_from(1),
         help="A span shorter than this many tokens stays raw.",
     )
-    window: int = _setting(
+    window: int = setting(
         64,
         flag="--metasoft-window",
         allowed="an integer >= 1",
-        check=_is_int_from(1),
+        check=is_int_from(1),
         help="Last prompt tokens that always stay raw.",
     )
-    sink: int = _setting(
+    sink: int = setting(
         4,
         flag="--metasoft-sink",
         allowed="an integer >= 0",
-        check=_is_int_from(0),
+        check=is_int_from(0),
         help="First prompt tokens that are always kept.",
     )
-    method: str = _setting(
-        "metasoft",
+    method: str = setting(
+        AUTO,
         flag="--metasoft-method",
-        allowed=f"one of: {', '.join(METHODS)}",
-        check=lambda value: isinstance(value, str) and value in METHODS,
-        help="How the importance of a KV entry is measured.",
+        allowed=f"one of: {', '.join((AUTO, *METHODS))}",
+        check=lambda value: isinstance(value, str) and value in (AUTO, *METHODS),
+        help="How the importance of a KV entry is measured; auto: as the model's compressor was trained for, and where "
+        "none is found by a method that needs no training.",
     )
-    path: str | None = _setting(
+    path: str | None = setting(
         None,
         flag="--metasoft-path",
         allowed="a directory or a hub id (name or name@revision)",
         check=_or_none(_is_text),
         help="Trained compressor: a directory or hub id with config.json and model.safetensors; name@revision pins a "
         "branch, tag or commit of the hub. "
-        "Without it the soft tokens are untrained but deterministic.",
+        "Without it one that was fitted on this machine is taken, else one that ships, if it was made for this model.",
     )
-    keep_raw: bool = _setting(
+    fit: bool = setting(
+        False,
+        flag="--metasoft-fit",
+        allowed="true or false",
+        check=_is_bool,
+        help="Where no compressor is found for the model, fit one before the server starts (sglang-metasoft fit), at "
+        "most in an hour; later starts find it.",
+    )
+    keep_raw: bool = setting(
         True,
         flag="--metasoft-keep-raw",
         allowed="true or false",
@@ -136,7 +152,7 @@ class MetaSoftConfig:
         help="Leave the raw KV of a compressed span in the radix tree, unlocked and first to be evicted, "
         "so that another prompt over the same document still hits it.",
     )
-    during_prefill: bool = _setting(
+    during_prefill: bool = setting(
         False,
         flag="--metasoft-during-prefill",
         allowed="true or false",
@@ -144,72 +160,80 @@ class MetaSoftConfig:
         help="With chunked prefill, compress after each chunk, so that a prompt may be longer than the free "
         "pool, and admit prompts at their compressed size.",
     )
-    consolidation: str | None = _setting(
+    fidelity_sample: float = setting(
+        0.0,
+        flag="--metasoft-fidelity-sample",
+        allowed="a number from 0 to 1",
+        check=_is_share,
+        help="Share of the requests of which the next token's distribution over the compressed prompt is compared with "
+        "that over the full one, for the metric sglang:metasoft_fidelity_kl (with --enable-metrics).",
+    )
+    consolidation: str | None = setting(
         None,
         flag=None,
         allowed=f"one of: {', '.join(CONSOLIDATIONS)}",
         check=_or_none(lambda value: isinstance(value, str) and value in CONSOLIDATIONS),
         help="What happens to dropped entries. Default: the method's own.",
     )
-    soft_tokens: int = _setting(
+    soft_tokens: int = setting(
         32,
         flag=None,
         allowed="an integer from 1 to 1024",
-        check=lambda value: _is_int_from(1)(value) and value <= 1024,
+        check=lambda value: is_int_from(1)(value) and value <= 1024,
         help="Soft tokens of the untrained probe; a trained compressor brings its own number.",
     )
-    route_targets: int = _setting(
+    route_targets: int = setting(
         4,
         flag=None,
         allowed="an integer from 1 to 64",
-        check=lambda value: _is_int_from(1)(value) and value <= 64,
+        check=lambda value: is_int_from(1)(value) and value <= 64,
         help="Kept entries that each dropped entry flows into (m).",
     )
-    route_band: int = _setting(
+    route_band: int = setting(
         4096,
         flag=None,
         allowed="an integer >= 1",
-        check=_is_int_from(1),
+        check=is_int_from(1),
         help="Kept entries, the nearest in position, among which a dropped one finds those that it flows into.",
     )
-    reread_tokens: int = _setting(
+    reread_tokens: int = setting(
         128,
         flag=None,
         allowed="an integer from 0 to 65536",
-        check=lambda value: _is_int_from(0)(value) and value <= 65536,
+        check=lambda value: is_int_from(0)(value) and value <= 65536,
         help="Prompt tokens that run through the model once more behind the probe, for a consolidation that refits "
         "values (least_squares; others read none): whole runs of 64, one at least, else an eighth of the span at most.",
     )
-    gate_scale: float | None = _setting(
+    gate_scale: float | None = setting(
         None,
         flag=None,
         allowed="a number from 0 to 1",
         check=_or_none(_is_share),
         help="Factor on the attention flow's gate in every layer and head. Default: the method's own.",
     )
-    pool_kernel: int = _setting(
+    pool_kernel: int = setting(
         5,
         flag=None,
         allowed="an odd integer from 1 to 63",
-        check=lambda value: _is_int_from(1)(value) and value % 2 == 1 and value <= 63,
+        check=lambda value: is_int_from(1)(value) and value % 2 == 1 and value <= 63,
         help="Width of SnapKV's average pooling over neighbouring entries.",
     )
-    observed_tokens: int = _setting(
+    observed_tokens: int = setting(
         1024,
         flag=None,
         allowed="an integer from 1 to 65536",
-        check=lambda value: _is_int_from(1)(value) and value <= 65536,
+        check=lambda value: is_int_from(1)(value) and value <= 65536,
         help="Last prompt tokens that h2o, kvcompose and expected_attention run through the model once more.",
     )
-    index_tokens: int = _setting(
+    index_tokens: int = setting(
         16_777_216,
         flag=None,
         allowed="an integer >= 1",
-        check=_is_int_from(1),
+        check=is_int_from(1),
         help="Prompt tokens that the index of compressed prefixes remembers, what several have in common once (8 bytes "
         "each, and 8 for each kept entry; least recently used first out).",
     )
-    kernels: str = _setting(
+    kernels: str = setting(
         "auto",
         flag=None,
         allowed=f"one of: {', '.join(KERNELS)}",
@@ -217,7 +241,14 @@ class MetaSoftConfig:
         help="What runs the stages: fused kernels on CUDA and torch elsewhere (auto), torch everywhere, or our own "
         "Triton kernels alone (on a CPU only with TRITON_INTERPRET=1, for tests).",
     )
-    trace_dir: str | None = _setting(
+    fit_minutes: float = setting(
+        25.0,
+        flag=None,
+        allowed="a number from 2 to 60",
+        check=_is_number_from(2, 60),
+        help="Time that --metasoft-fit uses, the loading of the model not counted.",
+    )
+    trace_dir: str | None = setting(
         None,
         flag=None,
         allowed="a directory",
@@ -301,79 +332,3 @@ def check_config(values: Any) -> dict[str, Any]:
             raise ValueError(f"--metasoft-config: unknown key {shown(name)}; allowed: {', '.join(settings)}")
         check_setting(name, value, settings[name])
     return values
-
-
-class RequestRefused(ValueError):
-    """A request holds what it may not; the words are for its client (HTTP 400)."""
-
-
-class RequestOptions:
-    """What a client may set for one request, through ``custom_params`` or through HTTP headers."""
-
-    FIELDS = {"metasoft_ratio": "ratio", "metasoft_budget": "budget", "metasoft_boundary": "boundary"}
-    BOUNDARY = _setting(
-        None,
-        flag=None,
-        allowed="an integer >= 1, less than the prompt's tokens",
-        check=_is_int_from(1, NUMBER_LIMIT),
-        help="Prompt tokens that other prompts share: they become a compressed segment of their own.",
-    )
-
-    @classmethod
-    def field(cls, name: str) -> dataclasses.Field:
-        """The setting behind a name of :attr:`FIELDS`."""
-        return cls.BOUNDARY if name == "boundary" else settings_of()[name]
-
-    @classmethod
-    def allowed(cls, name: str) -> str:
-        """The allowed values in words; where the server's 1 keeps every entry, a request's 1 does not compress."""
-        allowed = cls.field(name).metadata["allowed"]
-        return (
-            allowed if name == "boundary" else f"{allowed.split(' (')[0]} ({NO_COMPRESSION} switches compression off)"
-        )
-
-    @classmethod
-    def parse(cls, custom_params: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The settings that ``custom_params`` overrides, checked.
-
-        Args:
-            custom_params: the request's ``custom_params``; keys without the prefix ``metasoft_`` are not ours.
-
-        Returns:
-            Setting name to value; empty if nothing is overridden.
-
-        Raises:
-            RequestRefused: not a mapping, an unknown ``metasoft_`` key or a value out of range.
-        """
-        if custom_params is None:
-            return {}
-        if not isinstance(custom_params, Mapping):
-            raise RequestRefused(f"custom_params: {shown(custom_params)} is not allowed; allowed: an object or null")
-        options = {}
-        for key, value in custom_params.items():
-            if not (isinstance(key, str) and key.startswith("metasoft_")):
-                continue
-            if key not in cls.FIELDS:
-                raise RequestRefused(f"custom_params: unknown key {shown(key)}; allowed: {', '.join(cls.FIELDS)}")
-            name = cls.FIELDS[key]
-            cls.check(name, value, f"custom_params: {key}={shown(value)}")
-            options[name] = value
-        if "ratio" in options and "budget" in options:
-            raise RequestRefused(
-                "custom_params: metasoft_ratio and metasoft_budget are both given; allowed: one of them"
-            )
-        return options
-
-    @classmethod
-    def beyond_prompt(cls, boundary: int, prompt_tokens: int) -> str:
-        """The refusal of a boundary that is not inside the prompt."""
-        return (
-            f"custom_params: metasoft_boundary={boundary} is not allowed; allowed: "
-            f"{cls.BOUNDARY.metadata['allowed']} ({prompt_tokens})"
-        )
-
-    @classmethod
-    def check(cls, name: str, value: Any, given: str) -> None:
-        """Raise RequestRefused, which starts with the words ``given``, unless ``value`` suits the setting."""
-        if value is None or not cls.field(name).metadata["check"](value):
-            raise RequestRefused(f"{given} is not allowed; allowed: {cls.allowed(name)}")

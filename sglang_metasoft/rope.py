@@ -1,8 +1,13 @@
 """Turning queries and keys by position, as the model's rotary embedding does."""
 
+from collections.abc import Sequence
+
 import torch
 
-from sglang_metasoft.types import Rope
+from sglang_metasoft.types import Rope, Turning
+
+# Of the norm: what rounding leaves of two computations of the same queries, by the type that the model computes in.
+ROUNDING = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 def rotate(x: torch.Tensor, rope: Rope, first_position: int, backwards: bool = False) -> torch.Tensor:
@@ -25,6 +30,36 @@ def without_factor(rope: Rope) -> Rope:
     """The same angles with pairs of length one: some models fold a factor on the attention into the table."""
     cos, sin = rope.cos_sin.float().chunk(2, dim=-1)
     return Rope(rope.cos_sin.float() / torch.hypot(cos, sin).repeat(1, 2), rope.is_neox)
+
+
+def find_turning(
+    near: torch.Tensor, far: torch.Tensor, first_far: int, ropes: Sequence[Rope]
+) -> tuple[Turning, Rope | None]:
+    """How queries depend on their position, seen from two places for the same hidden states.
+
+    Args:
+        near: ``[n, H, d]`` at positions 0 to n - 1, in the type that the model computes in.
+        far: ``[n, H, d]`` of the same hidden states at ``first_far`` and after it.
+        ropes: what may turn them; all reach to ``first_far + n``.
+
+    Returns:
+        The kind, and for ``ROPE`` the one that turns them.
+    """
+    limit = ROUNDING[near.dtype]
+    near, far = near.float(), far.float()
+    if relative_difference(far, near) < limit:
+        return Turning.NONE, None
+    for rope in ropes:
+        unit = without_factor(rope)
+        turned_back = rotate(near, unit, 0, backwards=True), rotate(far, unit, first_far, backwards=True)
+        if relative_difference(*turned_back) < limit:
+            return Turning.ROPE, rope
+    return Turning.OTHER, None
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference by the norm of what was expected; 0 where both are 0."""
+    return ((found - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
 
 def _pairs(x: torch.Tensor, is_neox: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -112,6 +112,7 @@ class Probe(NamedTuple):
     first_position: int  # logical position of the first; the others follow
     ranking_tokens: int | None = None  # the first of them, which rank; the others are there for a refit. None: all
     consolidation_inputs: Any = None  # what the consolidation has noted of the prompt, for itself alone
+    method_inputs: Any = None  # the same of the method
 
 
 class LayerPool(NamedTuple):
@@ -131,11 +132,57 @@ class Rope(NamedTuple):
     is_neox: bool  # a dimension turns with the one half the rotated width away, else with its neighbour
 
 
+class LayerKind(enum.StrEnum):
+    """What a layer's tokens attend to."""
+
+    FULL = "full"  # every earlier token, by plain softmax
+    WINDOW = "window"  # the last few tokens alone
+    OTHER = "other"
+
+
+class Turning(enum.StrEnum):
+    """How a layer's queries depend on their position."""
+
+    ROPE = "rope"  # turned by the layer's rotary embedding, and by nothing else
+    NONE = "none"  # not at all (NoPE)
+    OTHER = "other"  # scaled by it, or changed after they were turned
+
+
+class AttentionLayer(NamedTuple):
+    """One attention layer of a model, as it was built; a model's layers are counted by their order among these."""
+
+    kind: LayerKind
+    num_heads: int  # of this rank
+    num_kv_heads: int  # of this rank
+    head_dim: int
+    value_dim: int
+    window_tokens: int | None = None  # a token sees itself and so many less one before it
+    soft_cap: float = 0.0  # logits are capped by a tanh; 0: they are not
+    has_sinks: bool = False  # logits of its own share in the softmax
+    turning: Turning = Turning.ROPE
+    rope: Rope | None = None  # of queries that are turned by it
+
+    @property
+    def peculiarity(self) -> str | None:
+        """In words, what is not plain causal attention of equal heads; None: nothing."""
+        if self.kind is LayerKind.WINDOW:
+            return f"sees a window of {self.window_tokens} tokens"
+        if self.kind is LayerKind.OTHER:
+            return "is not causal self-attention"
+        if self.soft_cap:
+            return f"caps its logits at {self.soft_cap:g}"
+        if self.has_sinks:
+            return "has attention sinks of its own"
+        if self.value_dim != self.head_dim:
+            return f"has keys of size {self.head_dim} and values of size {self.value_dim}"
+        return None
+
+
 class ServedModel(Protocol):
     """What a method or a consolidation may ask of the loaded model before the first prompt."""
 
-    def rope(self) -> Rope:
-        """The rotary embedding. Raises ValueError if the model has none, or several."""
+    def layers(self) -> list[AttentionLayer]:
+        """The attention layers in order, and how the queries of each were seen to depend on their position."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises ValueError if the server has no tokenizer."""

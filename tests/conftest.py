@@ -1,6 +1,7 @@
 """Shared fixtures: the demo model, real text, and real servers."""
 
 import importlib
+import logging
 import os
 import pkgutil
 from pathlib import Path
@@ -27,10 +28,10 @@ from sglang_metasoft.hf.shape import read_shape
 from sglang_metasoft.local_server import Server
 from tests.server.forked import start as start_one
 
-DEMO_FOLDER = Path(os.environ.get("METASOFT_DEMO_DIR", Path(__file__).parents[1] / ".demo"))
-
+DEMO_FOLDER = Path(os.environ.get("METASOFT_DEMO_DIR", Path(__file__).parents[1] / demo_model.FOLDER))
 
 TEST_LAYERS = 6
+OWN_PACKAGES = {"sglang_metasoft", "metasoft_patches", "metasoft_kernels"}
 
 # Unset, as in CI, everything that is drawn is the same every time; a nightly run (`make fuzz`) sets it.
 FUZZ_SEED = os.environ.get("METASOFT_FUZZ_SEED")
@@ -43,7 +44,7 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def full_model_dir() -> Path:
     """The demo model, downloaded and converted once."""
-    return demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct")
+    return demo_model.prepare(DEMO_FOLDER / demo_model.NAME)
 
 
 @pytest.fixture(scope="session")
@@ -129,6 +130,28 @@ def start_server(model_dir, tmp_path_factory):
     yield start
     while running:
         running.pop().stop()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """SGLang's own set-up of logging, which a test may run, sets the root's level and switches older loggers off."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
+    for name, logger in logging.getLogger().manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] in OWN_PACKAGES:
+            logger.disabled = False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A compressor that was fitted on this machine must not change what a test sees; other caches stay in place."""
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, folder in (("HF_HOME", "huggingface"), ("PIP_CACHE_DIR", "pip"), ("MPLCONFIGDIR", "matplotlib")):
+            patch.setenv(name, os.environ.get(name, os.path.join(cache, folder)))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # when run as a script
 from sglang_metasoft.data import DOCUMENT  # noqa: E402
 from sglang_metasoft.local_server import Server  # noqa: E402
 from sglang_metasoft.types import Bypass  # noqa: E402
-from tests.server.checks import SALT, assert_pool_is_whole, assert_sound_inside, inside_env, inside_lines  # noqa: E402
+from tests.server.checks import SALT, SOFT_TOKENS, assert_pool_is_whole, assert_sound_inside, inside_env, inside_lines  # noqa: E402
 
 POOL_TOKENS = 4096
 MAX_PROMPT = 1500
@@ -316,7 +316,7 @@ class Soak:
 def soak(model: Path, document_ids, log: Path, seconds: float, seed: int, faults: bool, flags: str = FLAGS) -> Summary:
     """Start a server, soak it, stop it."""
     command = [
-        "--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), *shlex.split(flags)
+        *SOFT_TOKENS, "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), *shlex.split(flags)
     ]  # fmt: skip
     env = inside_env(seed=seed, **(FAULTS if faults else {})) | RETRACTION
     with Server(model, command, log=log, env=env | {"SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}) as server:
@@ -337,7 +337,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="default: the demo model")
     parser.add_argument("--log", type=Path, default=None, help="file for the server's output")
     args = parser.parse_args()
-    model = args.model or demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct")
+    model = args.model or demo_model.prepare(DEMO_FOLDER / demo_model.NAME)
     document = DOCUMENT.read_text()
     document_ids = AutoTokenizer.from_pretrained(model)(document)["input_ids"]
     log = args.log or Path(tempfile.mkdtemp()) / "server.log"

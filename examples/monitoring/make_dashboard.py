@@ -30,10 +30,15 @@ PANELS = (  # title, unit, kind, (legend, expression)...
     ("Seconds of a stage, 95th percentile", "s", "timeseries",
      ("{{stage}}", "histogram_quantile(0.95, sum by (le, stage) "
       f"(rate({M}stage_seconds_bucket{{{BY_MODEL}}}[$__rate_interval])))")),
+    ("Divergence of the next token, mean of the sampled requests", "nats", "timeseries",
+     ("mean", f"sum(rate({M}fidelity_kl_sum{{{BY_MODEL}}}[$__rate_interval])) "
+      f"/ sum(rate({M}fidelity_kl_count{{{BY_MODEL}}}[$__rate_interval]))")),
     ("Faults in the last hour", "short", "stat",
      ("{{stage}}", f"sum by (stage) (increase({M}faults_total{{{BY_MODEL}}}[1h]))")),
     ("Index of compressed prefixes", "short", "timeseries",
      ("prefixes", f"sum({M}index_prefixes{{{BY_MODEL}}})"), ("tokens", f"sum({M}index_tokens{{{BY_MODEL}}})")),
+    ("Servers by their compressor", "short", "stat",
+     ("{{kind}}: {{method}}", f"sum by (kind, method) ({M}compressor_info{{{BY_MODEL}}})")),
 )  # fmt: skip
 
 

@@ -40,11 +40,14 @@ def ragged(device: torch.device, *axes: Sequence[int]) -> list[Ragged]:
     Args:
         axes: for each axis the lengths of its J requests.
     """
-    starts = torch.tensor([[0, *accumulate(lengths)] for lengths in axes], dtype=torch.int32)
+    number = len(axes[0]) + 1
+    # Each row begins at a multiple of 16 bytes: Triton compiles a kernel anew for a pointer that does not.
+    unused = [0] * (-number % 4)
+    starts = torch.tensor([[0, *accumulate(lengths), *unused] for lengths in axes], dtype=torch.int32)
     if device.type == "cuda":
         starts = starts.pin_memory()
     starts = starts.to(device, non_blocking=True)
-    return [Ragged(row, tuple(lengths)) for row, lengths in zip(starts, axes, strict=True)]
+    return [Ragged(row[:number], tuple(lengths)) for row, lengths in zip(starts, axes, strict=True)]
 
 
 def rows_of_each(rows: torch.Tensor, axis: Ragged, along: Ragged) -> list[torch.Tensor]:

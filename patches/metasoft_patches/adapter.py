@@ -111,6 +111,10 @@ class Adapter(ABC):
     def forward_scope(self, model, backend, forward_batch) -> AbstractContextManager:
         """In which a model's decoder body may be called directly, with ``backend`` answering its attention layers."""
 
+    @abstractmethod
+    def plan_attention(self, model_runner, forward_batch) -> None:
+        """Let SGLang's own attention backend plan a prefill that :meth:`forward_scope` will run with it."""
+
 
 @functools.cache
 def load_adapter() -> Adapter:

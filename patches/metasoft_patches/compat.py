@@ -4,11 +4,17 @@ The start-up check and the table in docs/support.md are both made from :data:`RE
 """
 
 import os
+import platform
 import re
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import torch
+
+from metasoft_patches import families
+
+MODEL = "--model-path"
 # The first is the one that a plain installation brings.
 SUPPORTED_SGLANG = ("0.5.23", "0.5.17")
 
@@ -22,8 +28,15 @@ class Refusal(NamedTuple):
     why: str
 
 
-def _arch_is_plain(model: Any) -> bool:
-    return model.attention_arch.name == "MHA"
+def _backends(args: Any) -> set[str]:
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    return {getattr(args, name) for name in names}
+
+
+def _has_recurrent_layers(model: Any) -> bool:
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+
+    return mambaish_config(model) is not None
 
 
 REFUSED = (
@@ -157,6 +170,12 @@ REFUSED = (
         "entries cannot be rewritten one by one",
     ),
     Refusal(
+        "the HPC-Ops attention backend with an FP8 KV cache",
+        "--attention-backend, --kv-cache-dtype",
+        lambda args, model: "hpc_ops" in _backends(args) and "fp8" in str(args.kv_cache_dtype),
+        "layers let it turn queries and store entries, and ask once which backend they have",
+    ),
+    Refusal(
         "accelerators other than GPUs",
         "--device",
         lambda args, model: str(args.device or "cpu").split(":")[0] not in ("cuda", "cpu"),
@@ -164,31 +183,37 @@ REFUSED = (
     ),
     Refusal(
         "MLA and state-space models",
-        "--model-path",
-        lambda args, model: not _arch_is_plain(model),
+        MODEL,
+        lambda args, model: model.attention_arch.name != "MHA",
         "there are no per-head keys and values",
     ),
     Refusal(
-        "sliding-window and hybrid models",
-        "--model-path",
-        lambda args, model: model.is_hybrid_swa or model.sliding_window_size is not None,
+        "hybrids with linear attention or state-space layers",
+        MODEL,
+        lambda args, model: _has_recurrent_layers(model),
+        "layers that are recurrent hold no entries to drop",
+    ),
+    Refusal(
+        "models with a KV pool for sliding windows",
+        MODEL,
+        lambda args, model: model.is_hybrid_swa,
         "window layers cannot drop entries",
     ),
     Refusal(
         "models with 3-D positions (M-RoPE)",
-        "--model-path",
+        MODEL,
         lambda args, model: model.model_is_mrope,
         "the position offset is one number",
     ),
     Refusal(
         "encoder-decoder models",
-        "--model-path",
+        MODEL,
         lambda args, model: model.is_encoder_decoder,
         "cross attention has a cache of its own",
     ),
     Refusal(
         "models that do not generate",
-        "--model-path",
+        MODEL,
         lambda args, model: not model.is_generation,
         "there is nothing to decode",
     ),
@@ -225,19 +250,42 @@ def check_sglang_version() -> str:
     return found
 
 
-def check_features(args: Any, model: Any) -> None:
-    """Refuse a server whose features cannot run together with compression.
+def untested_platform() -> str | None:
+    """What this machine runs, if nothing has been tested there and it is not refused either."""
+    if torch.version.hip is not None:
+        return "ROCm"
+    system = platform.system()
+    return {"Linux": None, "Darwin": "macOS"}.get(system, system)
+
+
+def refusals(args: Any, model: Any) -> list[Refusal]:
+    """What cannot run together with compression; a model whose class is refused is refused by that name alone.
 
     Args:
         args: resolved server arguments.
         model: SGLang's ``ModelConfig``.
+    """
+    found = [refusal for refusal in REFUSED if refusal.is_on(args, model)]
+    why = families.why_refused(model)
+    if why is not None:
+        found = [refusal for refusal in found if refusal.setting != MODEL]
+        found.append(of_class(families.class_of(model), why))
+    return found
+
+
+def of_class(name: str, why: str) -> Refusal:
+    """The refusal of a model by its class."""
+    return Refusal(f"model class {name}", MODEL, lambda args, model: True, why)
+
+
+def check_features(args: Any, model: Any) -> None:
+    """Refuse a server whose features cannot run together with compression; arguments as for :func:`refusals`.
 
     Raises:
         ValueError: one sentence with the feature, the setting and the reason.
     """
-    for refusal in REFUSED:
-        if refusal.is_on(args, model):
-            raise ValueError(f"--enable-metasoft cannot run with {refusal.feature} ({refusal.setting}): {refusal.why}")
+    for refusal in refusals(args, model):
+        raise ValueError(f"--enable-metasoft cannot run with {refusal.feature} ({refusal.setting}): {refusal.why}")
 
 
 def support_matrix() -> str:

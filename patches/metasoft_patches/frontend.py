@@ -18,14 +18,15 @@ from metasoft_patches.hooks.install import register_hooks, verify_hooks
 from sglang_metasoft.config import (
     BACKEND_NAME,
     MetaSoftConfig,
-    RequestOptions,
     check_config,
     check_setting,
     read_config_json,
     settings_of,
     shown,
 )
-from sglang_metasoft.methods import load_method
+from sglang_metasoft.methods import auto
+from sglang_metasoft.request_options import RequestOptions
+from sglang_metasoft.train import at_start
 
 logger = logging.getLogger(__name__)
 
@@ -156,20 +157,23 @@ def check_server(result, server_args) -> None:
     if not config.secret:  # the record was pickled on its way to this process, which starts the schedulers
         config = dataclasses.replace(config, secret=secrets.token_hex(16))
         setattr(server_args, CARRIER, config)
-    from metasoft_patches.forward.model import model_shape
+    from metasoft_patches.forward.model_shape import model_shape
     from metasoft_patches.http import app as http
 
     adapter = load_adapter()
     verify_hooks(adapter.targets_of("flags", "frontend"))
-    if torch.version.hip is not None:
-        logger.warning("MetaSoft: nothing of it has been tested on ROCm; compare its answers before you rely on them.")
+    if name := compat.untested_platform():
+        logger.warning("MetaSoft: nothing of it has been tested on %s; compare answers before you rely on them.", name)
     settings, model_config = adapter.settings(server_args)
     compat.check_features(settings, model_config)
     if config.kernels == "triton":
         from metasoft_kernels.backend import check_device
 
         check_device(torch.device(settings.device))
-    load_method(config.method).check(config, model_shape(model_config), settings.tp_size)
+    shape = model_shape(model_config)
+    auto.check(config, shape, settings.tp_size)
+    at_start.check(config, settings.nnodes)
+    at_start.fit_if_missing(config, shape, server_args.model_path)
     http.prepare(settings.tokenizer_worker_num)
 
 

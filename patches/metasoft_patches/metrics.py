@@ -31,10 +31,28 @@ METRICS = (
     Metric("saved_slots_now", "gauge", "slots", "Slots that running requests would hold more without compression."),
     Metric("index_prefixes", "gauge", "prefixes", "Compressed prefixes that the index knows."),
     Metric("index_tokens", "gauge", "tokens", "Prompt tokens that the index remembers."),
+    Metric(
+        "compressor_info",
+        "gauge",
+        "",
+        "1, for what is served: kind is given, fitted, shipped, untrained (soft tokens), training_free (none was "
+        "found), or chosen (a method was named that needs none).",
+        ("kind", "method"),
+    ),
+    Metric(
+        "fidelity_kl",
+        "histogram",
+        "nats",
+        "Divergence of the next token's distribution over a compressed prompt from that over the full one, of sampled "
+        "requests.",
+    ),
     Metric("stage_seconds", "histogram", "seconds", "Time of a stage of one compression, all layers.", ("stage",)),
 )
 # Of stage_seconds: from what a small model takes on a GPU to what a long prompt takes on a CPU.
 BUCKETS_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+# Of fidelity_kl: from what rounding does to what another prompt would.
+BUCKETS_NATS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+BUCKETS = {"seconds": BUCKETS_SECONDS, "nats": BUCKETS_NATS}
 
 
 def metrics_table() -> str:
@@ -63,7 +81,7 @@ class Metrics:
         for metric in METRICS:
             kind = getattr(prometheus_client, metric.kind.capitalize())
             options: dict[str, dict] = {
-                "histogram": {"buckets": BUCKETS_SECONDS},
+                "histogram": {"buckets": BUCKETS.get(metric.unit, ())},
                 "gauge": {"multiprocess_mode": "mostrecent"},
             }
             self._metrics[metric.name] = kind(
@@ -74,6 +92,10 @@ class Metrics:
 
     def _of(self, name: str, **labels: str):
         return self._metrics[name].labels(**self._labels, **labels)
+
+    def compressor_served(self, kind: str, method: str) -> None:
+        """Say, once, which kind of compressor this process serves."""
+        self._of("compressor_info", kind=kind, method=method).set(1)
 
     def span_compressed(self, plan: Plan) -> None:
         """Count one committed span."""
@@ -96,6 +118,10 @@ class Metrics:
     def stage_timed(self, stage: str, seconds: float) -> None:
         """Note how long a stage of one compression took, all layers."""
         self._of("stage_seconds", stage=stage).observe(seconds)
+
+    def fidelity_sampled(self, kl_nats: float) -> None:
+        """Note how far one compression moved the distribution of the next token."""
+        self._of("fidelity_kl").observe(kl_nats)
 
     def update_gauges(self, running, prefixes) -> None:
         """Set the gauges, at most once a second, and at once when the last request has ended.

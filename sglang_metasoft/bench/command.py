@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from sglang_metasoft.bench import report
+from sglang_metasoft.bench import tables
 from sglang_metasoft.bench.run import BenchFailed, run_all
 from sglang_metasoft.bench.workloads import POOLS, WORKLOADS, Size
 from sglang_metasoft.local_server import ServerFailed
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if args.model_path is None:
         from sglang_metasoft.demo import model as demo_model
 
-        args.model_path = demo_model.prepare(Path(".demo") / "SmolLM2-135M-Instruct")
+        args.model_path = demo_model.prepare(demo_model.PATH)
     if Path(args.model_path).is_dir():  # the client runs in a folder of its own
         args.model_path = Path(args.model_path).resolve()
     try:
@@ -58,8 +58,8 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     (args.output / "bench.json").write_text(json.dumps(result) + "\n")
-    table = report.table(result)
+    table = tables.table(result)
     (args.output / "bench.md").write_text(table + "\n")
-    report.plot(result, args.output / "bench.png")
+    tables.plot(result, args.output / "bench.png")
     print(f"\n{table}\n\nwritten: {args.output}/bench.json, bench.md, bench.png")
     return 0

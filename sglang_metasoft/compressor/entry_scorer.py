@@ -6,10 +6,9 @@ close to the attention of a reconstruction; here the probe's attention is one fe
 """
 
 import torch
+from metasoft_kernels.refine.naive import Weights, log_importance
 from torch import nn
 
-MASS_FLOOR = 1e-9
-POOL_ENTRIES = 7
 MODES = 2  # 0: the probe saw the question, 1: the span ends at a boundary and any question may follow
 EXTRA_FEATURES = 2  # the probe's attention, and that to the neighbourhood
 
@@ -38,7 +37,8 @@ class EntryScorer(nn.Module):
         """Start as the identity on the probe's attention.
 
         Args:
-            mean, deviation: ``[layers, G, F]`` of :meth:`features` over some prompts; folded into the first layer.
+            mean, deviation: ``[layers, G, F]`` of :func:`metasoft_kernels.refine.naive.features` over some prompts;
+                folded into the first layer.
         """
         features = self.hidden.shape[-2]
         weight = torch.randn(self.hidden.shape, generator=generator).to(mean) / features**0.5
@@ -48,18 +48,10 @@ class EntryScorer(nn.Module):
         self.trust.fill_(1)
         self.neighbours.zero_()
 
-    @staticmethod
-    def features(mass: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """``[..., G, S, F]`` float32 from attention ``[..., G, S]`` and entries ``[..., G, S, d]``."""
-        log_mass = mass.clamp_min(MASS_FLOOR).log()
-        pooled = nn.functional.avg_pool1d(
-            mass.flatten(0, -2).unsqueeze(1), POOL_ENTRIES, 1, POOL_ENTRIES // 2, count_include_pad=False
-        )
-        log_pooled = pooled.view_as(mass).clamp_min(MASS_FLOOR).log()
-        logs = torch.stack([log_mass - log_mass.mean(-1, keepdim=True), log_pooled - log_pooled.mean(-1, keepdim=True)])
-        half = keys.shape[-1] // 2
-        pairs = torch.hypot(keys[..., :half].float(), keys[..., half:].float())
-        return torch.cat([values.float(), pairs, logs.movedim(0, -1)], dim=-1)
+    @property
+    def weights(self) -> Weights:
+        """All parameters, for the stages."""
+        return Weights(self.hidden, self.hidden_bias, self.out, self.trust, self.neighbours)
 
     def forward(
         self, mass: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mode: int, where: tuple = (slice(None),)
@@ -75,8 +67,4 @@ class EntryScorer(nn.Module):
         Returns:
             ``[..., G, S]`` float32.
         """
-        x = self.features(mass, keys, values)
-        at = (mode, *where)
-        hidden = nn.functional.silu(x @ self.hidden[at] + self.hidden_bias[at].unsqueeze(-2))
-        linear = self.trust[at].unsqueeze(-1) * x[..., -2] + self.neighbours[at].unsqueeze(-1) * x[..., -1]
-        return linear + (hidden @ self.out[at].unsqueeze(-1)).squeeze(-1)
+        return log_importance(mass, keys, values, self.weights, (mode, *where))

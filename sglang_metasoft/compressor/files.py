@@ -1,7 +1,7 @@
 """The files of a compressor: where they are, what they hold, and whether they fit the served model.
 
-``config.json`` has ``format``, ``method``, ``model`` and ``sizes``; ``model.safetensors`` the tensors that
-:func:`tensor_shapes` lists.
+``config.json`` has ``format``, ``method``, ``model`` and ``sizes``, and may have the ``report`` that
+:mod:`sglang_metasoft.compressor.report` reads; ``model.safetensors`` has the tensors that :func:`tensor_shapes` lists.
 """
 
 import contextlib
@@ -32,6 +32,10 @@ SIZES = {
     ),
     "judge_q": ("hidden_size", "count", "num_layers", "num_kv_heads"),
 }  # fmt: skip
+
+
+class OtherModel(ValueError):
+    """A compressor is whole, but of another model or method."""
 
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
@@ -123,13 +127,18 @@ def check_rows(shape: ModelShape, embed: Embed, device: torch.device) -> torch.T
     return embed(ids.to(device)).float().cpu()
 
 
+def smallest_cosine(rows: torch.Tensor, others: torch.Tensor) -> float:
+    """Of all pairs of rows, ``[CHECK_ROWS, D]`` each; at least ``CHECK_COSINE`` if they are of the same model."""
+    return nn.functional.cosine_similarity(rows, others.float(), dim=-1).min().item()
+
+
 def check_embedding(
     path: str, config: dict, rows: torch.Tensor, shape: ModelShape, embed: Embed, device: torch.device
 ) -> None:
-    """Raise ValueError unless ``rows``, ``[CHECK_ROWS, D]``, are those of the served model's embedding table."""
-    cosine = nn.functional.cosine_similarity(check_rows(shape, embed, device), rows.float(), dim=-1).min().item()
+    """Raise OtherModel unless ``rows``, ``[CHECK_ROWS, D]``, are those of the served model's embedding table."""
+    cosine = smallest_cosine(check_rows(shape, embed, device), rows)
     if not cosine >= CHECK_COSINE:
-        raise ValueError(
+        raise OtherModel(
             f"metasoft path: {path!r} was trained for {shown(config['model']['name'])}, whose embedding table is "
             f"not that of the served model {shape.name!r} (smallest cosine of compared rows {cosine:.3f})"
         )
@@ -168,14 +177,20 @@ def resolve_folder(path: str) -> Path:
         ) from None
 
 
-def check_compressor(path: str, shape: ModelShape, folder: Path | None = None, method: str = "metasoft") -> dict:
+def method_of(config: dict) -> str:
+    """What a compressor was trained for; a configuration that names nothing is of ``metasoft``."""
+    return config.get("method", "metasoft")
+
+
+def check_compressor(path: str, shape: ModelShape, folder: Path | None = None, method: str | None = "metasoft") -> dict:
     """Check a compressor's configuration, and the header of its weights, against the served model; reads no weights.
 
     Args:
-        method: what it has to be trained for; a configuration that names none is of ``metasoft``.
+        method: what it has to be trained for; None: any method.
 
     Raises:
-        ValueError: missing or damaged files, or a compressor for another method, model, size or head layout.
+        ValueError: missing or damaged files.
+        OtherModel: a compressor for another method, model, size or head layout.
     """
     folder = folder or resolve_folder(path)
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / name).is_file()]
@@ -197,25 +212,24 @@ def check_compressor(path: str, shape: ModelShape, folder: Path | None = None, m
             if field != "name" and trained_for[field] != value
         }
         wrong |= {field: (sizes[field], value) for field, value in expected.items() if sizes[field] != value}
-        found_method = config.get("method", "metasoft")
-        if found_method == method:
-            _check_sizes(sizes, SIZES[method])
+        found_method = method_of(config)
+        if found_method == method or (method is None and found_method in SIZES):
+            _check_sizes(sizes, SIZES[found_method])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"metasoft path: {path!r}: {CONFIG_NAME} is no compressor configuration: {error!r}") from None
     if found_format != FORMAT:
         raise ValueError(f"metasoft path: {path!r} has format {shown(found_format)}; allowed: {FORMAT!r}")
-    if found_method != method:
-        raise ValueError(
-            f"metasoft path: {path!r} is trained for method {shown(found_method)}; the server's is {method!r}"
-        )
+    if found_method not in (SIZES if method is None else (method,)):
+        allowed = f"allowed: {', '.join(SIZES)}" if method is None else f"the server's is {method!r}"
+        raise OtherModel(f"metasoft path: {path!r} is trained for method {shown(found_method)}; {allowed}")
     if wrong:
         details = ", ".join(f"{field} {shown(a)} there, {b} here" for field, (a, b) in wrong.items())
-        raise ValueError(
+        raise OtherModel(
             f"metasoft path: {path!r} was trained for {trained_name} and does not fit the served model "
             f"{shape.name!r}: {details}"
         )
     try:
-        check_header(header, tensor_shapes(method, sizes))
+        check_header(header, tensor_shapes(found_method, sizes))
         with safe_open(folder / WEIGHTS_NAME, framework="pt"):
             pass  # compares what the header promises with the file's length
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:

@@ -1,9 +1,10 @@
 """What a consolidation has to say: what of the dropped entries the kept ones take over."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from metasoft_kernels.merge import gather
+from metasoft_kernels.parts import Scored, importance_of
 from metasoft_kernels.ragged import Ragged, rows_of_each
 
 from sglang_metasoft.config import MetaSoftConfig
@@ -32,24 +33,43 @@ class RoutedBatch(NamedTuple):
     span_slots: torch.Tensor  # [sum S] int64
     span: Ragged  # the axis of all spans
     kept: Ragged  # the axis of all kept entries
-    mass: torch.Tensor  # [G, sum S] float32, at least 0
+    mass: torch.Tensor | None  # [G, sum S] float32, at least 0; None: ranked.scored says it
     kept_rows: torch.Tensor  # [G, sum B] int32, entries along the span axis
-    dropped_rows: torch.Tensor  # [G, sum N] int32
+    dropped_rows: torch.Tensor | None  # [G, sum N] int32; None: is_kept says it
     targets: torch.Tensor | None  # [G, sum N, m] int32, rows along the kept axis; None: nothing is routed
     weights: torch.Tensor | None  # [G, sum N, m] float32
     gate_scale: torch.Tensor | float  # a number or [G, 1]
     dtype: torch.dtype  # of the model
+    ranked: "RankedBatch | None" = None  # of a consolidation that ranks by kernels; else None
 
     def kept_of_jobs(self) -> list[torch.Tensor]:
         """Each job's ``[G, B]`` int64 kept entries, counted from the start of its span."""
         return rows_of_each(self.kept_rows, self.kept, self.span)
 
 
+class RankedBatch(NamedTuple):
+    """What a consolidation that ranks by kernels is given to merge by."""
+
+    noted: Any  # of the batch, by :meth:`Consolidation.note_batch`
+    scored: Scored
+    is_kept: torch.Tensor  # [G, sum S] int8
+    sink_tokens: torch.Tensor  # [J] int32
+    scratch: torch.Tensor  # [G, sum S] float32 that may be written
+    heads: slice  # these among the rank's KV heads
+
+
+class KeyBiases(NamedTuple):
+    """What kept keys are to carry."""
+
+    biases: torch.Tensor  # [G, sum B] float32, to be added to the logits
+    directions: torch.Tensor  # [J, G, d] float32 with q·u near 1 for every query to come
+
+
 class MergedBatch(NamedTuple):
     """What a fused merge changes of the kept entries."""
 
     values: torch.Tensor | None = None  # [sum B, G, d] finite, in the model's dtype; None: as they were
-    key_moves: torch.Tensor | None = None  # [sum B, G, d] float32, added to the keys; None: nothing
+    key_biases: KeyBiases | None = None  # None: keys as they were; not together with values
     is_finite: torch.Tensor | None = None  # [G, sum B] bool, where the merged values were; None: nothing was merged
 
 
@@ -59,6 +79,7 @@ class Consolidation:
     needs_probe = False  # there has to be a probe, whatever the method
     needs_queries = False  # it merges by the probe's queries: prompt tokens run once more behind it (and needs_probe)
     is_fused = False  # :meth:`merge_batch` is there; else every stage runs job by job
+    ranks_by_kernels = False  # :meth:`rank_batch` is there, and merges by a RankedBatch; logs of importance included
 
     def __init__(self, config: MetaSoftConfig, shape: ModelShape, device: torch.device) -> None:
         """
@@ -145,6 +166,26 @@ class Consolidation:
             ``[B, G, d]`` keys and values in the dtype of the input; a value that is not finite is not written.
         """
         return as_they_were(keys, values, routes)
+
+    def note_batch(self, jobs: list[Job]) -> Any:
+        """What :meth:`rank_batch` and :meth:`merge_batch` need to know of these jobs, once for all layers."""
+
+    def rank_batch(self, scored: Scored, span: Ragged, jobs: list[Job], noted: Any) -> torch.Tensor:
+        """:meth:`rank` for all jobs at once: here job by job.
+
+        Args:
+            scored: logs are there only if :attr:`ranks_by_kernels`.
+            span: the jobs' rows on the axis of all spans.
+            noted: by :meth:`note_batch`.
+
+        Returns:
+            ``[G, sum S]`` float32.
+        """
+        importance = importance_of(scored, span)
+        if not self.ranks:
+            return importance
+        parts = [self.rank(importance[:, own], job.probe) for job, own in zip(jobs, span.ranges(), strict=True)]
+        return torch.cat(parts, dim=1)
 
     def merge_batch(self, batch: RoutedBatch) -> MergedBatch:
         """:meth:`merge` for one layer of all jobs at once; called if :attr:`is_fused`, nothing dropped included."""

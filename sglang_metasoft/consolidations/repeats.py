@@ -1,23 +1,36 @@
 """What a prompt says more than once: entries of equal last tokens are nearly the same, and one can stand for many."""
 
+from functools import cached_property
+
 import torch
+from metasoft_kernels.repeats.naive import Groups, demote, group
 
 ORDERS = (3, 1)  # equal in the last three tokens; failing those, in the token itself
 ID_BITS = 21  # of one token id in the code of several
-LARGEST_INT32 = 2**31 - 1
 
 
-def find_repeats(ids: torch.Tensor) -> torch.Tensor:
-    """Number the entries so that those of equal last tokens have equal numbers; does not wait for the device.
+def group_repeats(ids: torch.Tensor) -> Groups:
+    """Put the entries of equal last tokens together; does not wait for the device.
 
     Args:
         ids: ``[S]`` int64 token ids of the span, below 2 to the power of ID_BITS.
 
     Returns:
-        ``[len(ORDERS), S]`` int64 numbers from 0 to S - 1, one row for each of ORDERS. What lies before the span counts
-        as unlike everything.
+        ``[len(ORDERS), S]``, one row for each of ORDERS. What lies before the span counts as unlike everything.
     """
-    return torch.stack([_number(_codes(ids, order)) for order in ORDERS])
+    return group(torch.stack([_codes(ids, order) for order in ORDERS]))
+
+
+def find_repeats(ids: torch.Tensor) -> torch.Tensor:
+    """Number the entries so that those of equal last tokens have equal numbers.
+
+    Args:
+        ids: as for :func:`group_repeats`.
+
+    Returns:
+        ``[len(ORDERS), S]`` int64 numbers from 0 to S - 1, one row for each of ORDERS.
+    """
+    return group_repeats(ids).numbers
 
 
 def _codes(ids: torch.Tensor, order: int) -> torch.Tensor:
@@ -31,17 +44,50 @@ def _codes(ids: torch.Tensor, order: int) -> torch.Tensor:
     return torch.where(place < order - 1, -1 - place, codes)
 
 
-def _number(codes: torch.Tensor) -> torch.Tensor:
-    ordered, place = codes.sort(stable=True)
-    is_new = torch.nn.functional.pad(ordered[1:] != ordered[:-1], (1, 0))
-    return torch.empty_like(codes).scatter_(0, place, is_new.cumsum(0))
+class Repeats:
+    """What a span says more than once: found once for all layers, when it is first asked for.
+
+    Args:
+        ids: ``[S]`` int64, as for :func:`group_repeats`.
+    """
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+
+    @cached_property
+    def groups(self) -> Groups:
+        """For the kernels."""
+        return group_repeats(self.ids)
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """``[len(ORDERS), S]`` int64, as of :func:`find_repeats`."""
+        return self.groups.numbers
+
+    @cached_property
+    def repeated(self) -> torch.Tensor | None:
+        """Entries that the first of ORDERS finds more than once, ascending; None: asking would wait for a device."""
+        if self.ids.device.type != "cpu":
+            return None
+        order, first, end = (part[0] for part in self.groups)
+        return order[end - first > 1].sort().values.long()
+
+    def demote(self, importance: torch.Tensor) -> torch.Tensor:
+        """:func:`demote_repeats` by the first of ORDERS; what is said once is not sorted."""
+        if self.repeated is None:
+            return demote_repeats(importance, self.numbers[0])
+        importance = from_the_smallest(importance)
+        ranked = importance.square().sqrt()  # as for a group of one
+        ranked[:, self.repeated] = demote(importance[:, self.repeated], self._numbers_of_repeated)
+        return ranked
+
+    @cached_property
+    def _numbers_of_repeated(self) -> torch.Tensor:
+        return group(self.numbers[:1, self.repeated]).numbers[0]
 
 
 def demote_repeats(importance: torch.Tensor, repeats: torch.Tensor) -> torch.Tensor:
-    """Rank what is said once before what was said already: a kept entry can carry the attention of its repeats.
-
-    Of entries with equal numbers the best one counts for the geometric mean of its own importance and the sum of all of
-    them, the next one for a half of its own, the one after it for a third.
+    """:func:`metasoft_kernels.repeats.naive.demote` of any finite importance.
 
     Args:
         importance: ``[G, S]`` float32; where it goes below 0, counted from the smallest.
@@ -50,28 +96,9 @@ def demote_repeats(importance: torch.Tensor, repeats: torch.Tensor) -> torch.Ten
     Returns:
         ``[G, S]`` float32, at least 0.
     """
-    importance = (importance - importance.amin(1, keepdim=True).clamp_max(0)).abs()
-    rank = rank_among_repeats(importance, repeats)
-    same = repeats.expand_as(rank)
-    total = torch.zeros_like(importance).scatter_add_(1, same, importance).gather(1, same)
-    return torch.where(rank == 0, (importance * total).sqrt(), importance / (1 + rank))
+    return demote(from_the_smallest(importance), repeats)
 
 
-def rank_among_repeats(importance: torch.Tensor, repeats: torch.Tensor) -> torch.Tensor:
-    """How many entries of equal number come before each one.
-
-    Args:
-        importance: ``[G, S]`` float32, at least 0.
-        repeats: as for :func:`demote_repeats`.
-
-    Returns:
-        ``[G, S]`` int64.
-    """
-    # Floats from +0 on are in the order of their bits: one sort puts each number's entries together, the best first.
-    codes = (repeats << 32) | (LARGEST_INT32 - importance.view(torch.int32).to(torch.int64))
-    codes, entry = codes.sort(dim=1, stable=True)
-    numbers = codes >> 32
-    count = torch.arange(repeats.numel(), device=repeats.device).expand_as(entry)
-    is_first = torch.nn.functional.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
-    rank = count - torch.where(is_first, count, 0).cummax(1).values
-    return torch.empty_like(rank).scatter_(1, entry, rank)
+def from_the_smallest(importance: torch.Tensor) -> torch.Tensor:
+    """``[G, S]`` float32 importance, counted from each head's smallest where that is below 0."""
+    return (importance - importance.amin(1, keepdim=True).clamp_max(0)).abs()

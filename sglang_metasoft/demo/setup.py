@@ -63,7 +63,7 @@ def start_server(folder: Path, flags: list[str], log: Path) -> Server:
     Raises:
         DemoFailed: it did not start.
     """
-    flags = ["--enable-metasoft", "--metasoft-path", model.COMPRESSOR, *flags]
+    flags = ["--enable-metasoft", *flags]
     try:
         with _writable(log.parent):
             return Server(folder, flags, log=log)
@@ -71,7 +71,7 @@ def start_server(folder: Path, flags: list[str], log: Path) -> Server:
         raise DemoFailed(
             f"the server did not start: {error}\n"
             f"All it said: {log}\n"
-            f"What this machine lacks: sglang-metasoft doctor --model-path {folder} --metasoft-path {model.COMPRESSOR}"
+            f"What this machine lacks: sglang-metasoft doctor --model-path {folder}"
         ) from None
 
 

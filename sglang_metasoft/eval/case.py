@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sglang_metasoft.eval.data import Sources
+from sglang_metasoft.eval.metrics import FIDELITY
 
 MARK = "\u241f"
 MODES = ("inside", "repeat", "after")
@@ -39,13 +40,14 @@ class Case:
     stop: tuple[str, ...] = ()
     is_chat: bool = True  # rendered with the model's chat template
     details: dict = dataclasses.field(default_factory=dict)
+    messages: tuple[dict, ...] = ()  # a user's own chat in place of document and question; the only turn's prompt
 
 
 class Rendered(NamedTuple):
     """A turn's prompt."""
 
     ids: list[int]
-    boundary_tokens: int  # length of the document, template head included
+    boundary_tokens: int  # length of the document, template head included; 0: the prompt names none
     question_end_tokens: int  # where the last question ends; at least one token follows
     text: str
 
@@ -59,6 +61,7 @@ class Request:
     length_tokens: int
     index: int
     sources: Sources
+    seed: int = 1
 
 
 class Draft(NamedTuple):
@@ -92,17 +95,51 @@ def template_parts(tokenizer) -> tuple[str, str, str]:
 
 
 def render(case: Case, turn: int, tokenizer) -> Rendered:
-    """The token ids of a turn's prompt and where its document ends."""
+    """The token ids of a turn's prompt and where its document ends.
+
+    An earlier turn stands there with its first answer; where the full cache answers (metric ``fidelity``), with that
+    answer, which the runner has to put in (:func:`answered`).
+    """
+    if case.messages:
+        return _render_messages(case.messages, tokenizer)
+    if not case.document:
+        return _render_text(case.turns[turn].question, tokenizer)
     head, tail, following = template_parts(tokenizer) if case.is_chat else ("", "", "")
     before = head + case.document
     asked = ""
     for earlier in case.turns[:turn]:
-        asked += earlier.question + tail + earlier.answer_prefix + " " + earlier.answers[0] + following
+        answer = earlier.answers[0] if earlier.answers else ""
+        space = "" if case.metric == FIDELITY else " "
+        asked += earlier.question + tail + earlier.answer_prefix + space + answer + following
     asked += case.turns[turn].question
     after = tail + case.turns[turn].answer_prefix
     first, question, rest = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, asked, after))
     ids = first + question + rest
     return Rendered(ids, len(first), len(ids) - max(len(rest), 1), before + asked + after)
+
+
+def _render_messages(messages: tuple[dict, ...], tokenizer) -> Rendered:
+    """A chat: what stands before its last message, if that is not the first, is its document."""
+    options = {"tokenize": False, "add_generation_prompt": True}
+    *earlier, last = messages
+    before, after = tokenizer.apply_chat_template([*earlier, last | {"content": MARK}], **options).split(MARK)
+    parts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (before, last["content"], after)]
+    ids: list[int] = parts[0] + parts[1] + parts[2]
+    boundary = len(parts[0]) if earlier else 0
+    return Rendered(ids, boundary, len(ids) - max(len(parts[2]), 1), before + last["content"] + after)
+
+
+def _render_text(text: str, tokenizer) -> Rendered:
+    """A prompt as it is, with the special tokens that the model wants at its beginning."""
+    ids = tokenizer(text)["input_ids"]
+    return Rendered(ids, 0, len(ids) - 1, text)
+
+
+def answered(case: Case, turn: int, text: str) -> Case:
+    """The case, with what a turn was answered, for later turns to stand on."""
+    turns = list(case.turns)
+    turns[turn] = turns[turn]._replace(answers=(text,))
+    return dataclasses.replace(case, turns=tuple(turns))
 
 
 def make_case(task: Task, tokenizer, sources, length_tokens: int, seed: int, index: int) -> Case:
@@ -114,12 +151,13 @@ def make_case(task: Task, tokenizer, sources, length_tokens: int, seed: int, ind
 
     def build(size: int) -> tuple[Case, int]:
         rng = random.Random(f"{task.name}/{seed}/{index}/{length_tokens}")
-        draft = task.build(Request(rng, size, length_tokens, index, sources))
+        draft = task.build(Request(rng, size, length_tokens, index, sources, seed))
         case = Case(
             task.name, task.family, index, seed, length_tokens, draft.document, draft.turns,
             task.metric, task.max_new_tokens, task.stop, task.is_chat, draft.details,
         )  # fmt: skip
-        used = len(render(case, len(case.turns) - 1, tokenizer).ids) + task.max_new_tokens
+        answers = len(case.turns) if task.metric == FIDELITY else 1  # the earlier ones are not known yet
+        used = len(render(case, len(case.turns) - 1, tokenizer).ids) + answers * task.max_new_tokens
         return case, used
 
     best, used = build(1)

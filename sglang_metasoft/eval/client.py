@@ -15,6 +15,7 @@ import requests
 
 from sglang_metasoft.config import BACKEND_NAME
 from sglang_metasoft.eval.case import Case, Rendered, Turn
+from sglang_metasoft.eval.fidelity import Reading
 from sglang_metasoft.eval.metrics import PERPLEXITY
 
 APIS = ("generate", "completions", "chat")
@@ -30,6 +31,8 @@ class Answer(NamedTuple):
     text: str
     meta: dict  # the metasoft_ fields and cached_tokens, as far as the server reports them
     logprobs: list[float]
+    ids: tuple[int, ...] = ()  # of the answer, from ``/generate`` alone
+    choices: tuple[int, ...] = ()  # the likeliest token at each place of ``logprobs``
 
 
 class Server:
@@ -126,10 +129,12 @@ class Server:
             sampling["custom_params"] = custom_params
         body = {"input_ids": prompt.ids, "sampling_params": sampling, "extra_key": tenant}
         if logprobs_from is not None:
-            body |= {"return_logprob": True, "logprob_start_len": logprobs_from}
+            body |= {"return_logprob": True, "logprob_start_len": logprobs_from, "top_logprobs_num": 1}
         response = self._post("/generate", body)
-        values = [value for value, *_ in response["meta_info"].get("input_token_logprobs") or [] if value is not None]
-        return Answer(response["text"], response["meta_info"], values)
+        meta = response["meta_info"]
+        values = [value for value, *_ in meta.get("input_token_logprobs") or [] if value is not None]
+        choices = tuple(best[0][1] for best in meta.get("input_top_logprobs") or [] if best)
+        return Answer(response["text"], meta, values, tuple(response["output_ids"]), choices)
 
 
 def messages(case: Case, turn: int) -> list[dict]:
@@ -171,23 +176,9 @@ def measure(
         run_id: of this process; keeps runs on one server apart.
     """
     is_full = ratio == 1
-    params: dict = {"metasoft_ratio": ratio} if server.has_metasoft else {}
-    if not is_full and not server.has_metasoft:
-        raise ValueError(f"ratio {ratio:g}: {server.url} does not compress; allowed: --ratios 1")
-    boundary = None
-    if mode == "after":
-        # A server that renders the template may join the document's last characters with the question's first.
-        boundary = prompt.boundary_tokens - (JOINED_TOKENS if server.api == "chat" else 0)
-    if boundary and not is_full:
-        params["metasoft_boundary"] = boundary
-    tenant = f"{run_id}/{case.task}/{case.seed}/{case.length_tokens}/{case.index}/{mode}"
-    ask: dict[str, Any] = {"custom_params": params, "tenant": tenant}
+    ask, boundary = _prepare(server, case, mode, ratio, prompt, run_id)
     if not is_full and mode != "inside":
-        first, first_case = prompt, case
-        if mode == "after":
-            first = prompt._replace(ids=prompt.ids[: prompt.boundary_tokens] + other_ids)
-            first_case = dataclasses.replace(case, turns=(*case.turns[:turn], Turn(OTHER_TEXT, ())))
-        server.ask(first, first_case, turn, max_new_tokens=2, **ask)
+        _compress_first(server, case, turn, mode, prompt, other_ids, ask)
     start = time.monotonic()
     if case.metric == PERPLEXITY:
         answer = score_rest(server, prompt, case, turn, ask)
@@ -195,6 +186,99 @@ def measure(
         answer = server.ask(prompt, case, turn, max_new_tokens=case.max_new_tokens, **ask)
     seconds = time.monotonic() - start
     return Measured(answer, None if is_full else find_problem(answer.meta, mode, boundary, server.page_size), seconds)
+
+
+def _prepare(
+    server: Server, case: Case, mode: str, ratio: float, prompt: Rendered, run_id: str
+) -> tuple[dict[str, Any], int | None]:
+    """Further arguments of :meth:`Server.ask`, and the boundary to ask for."""
+    params: dict = {"metasoft_ratio": ratio} if server.has_metasoft else {}
+    if ratio != 1 and not server.has_metasoft:
+        raise ValueError(f"ratio {ratio:g}: {server.url} does not compress; allowed: --ratios 1")
+    boundary = None
+    if mode == "after":
+        # A server that renders the template may join the document's last characters with the question's first.
+        boundary = prompt.boundary_tokens - (JOINED_TOKENS if server.api == "chat" else 0)
+    if boundary and ratio != 1:
+        params["metasoft_boundary"] = boundary
+    tenant = f"{run_id}/{case.task}/{case.seed}/{case.length_tokens}/{case.index}/{mode}"
+    return {"custom_params": params, "tenant": tenant}, boundary
+
+
+def _compress_first(
+    server: Server, case: Case, turn: int, mode: str, prompt: Rendered, other_ids: list[int], ask: dict
+) -> Answer:
+    """Ask for the first time: the prompt itself or, in mode ``after``, something else about its document."""
+    first, first_case = prompt, case
+    if mode == "after":
+        first = prompt._replace(ids=prompt.ids[: prompt.boundary_tokens] + other_ids)
+        first_case = dataclasses.replace(case, turns=(*case.turns[:turn], Turn(OTHER_TEXT, ())))
+    return server.ask(first, first_case, turn, max_new_tokens=2, **ask)
+
+
+class Followed(NamedTuple):
+    """How a server's cache reads the full cache's answer."""
+
+    reading: Reading
+    own: Answer | None  # what it says itself, where that was asked
+    meta: dict
+    problem: str | None
+    seconds: float
+
+
+def answer_in_full(server: Server, case: Case, turn: int, prompt: Rendered, run_id: str) -> Answer:
+    """The full cache's answer, under a key of its own: its raw prefix must not be in the way of a compression.
+
+    Raises:
+        ValueError: the API gives no log-probabilities of prompts, which the reading needs.
+    """
+    if server.api != "generate":
+        raise ValueError(f"task {case.task!r} needs --api generate: others give no log-probabilities of prompts")
+    ask, _ = _prepare(server, case, "full", 1, prompt, run_id)
+    return server.ask(prompt, case, turn, max_new_tokens=case.max_new_tokens, **ask)
+
+
+def follow(
+    server: Server,
+    case: Case,
+    turn: int,
+    mode: str,
+    ratio: float,
+    prompt: Rendered,
+    answer_ids: list[int],
+    other_ids: list[int],
+    run_id: str,
+) -> Followed:
+    """Let a server's cache read an answer: the prompt's log-probabilities of prompt and answer together.
+
+    A first request compresses; prompt and answer then have to find the compressed prefix, which the report tells. In
+    modes ``inside`` and ``repeat`` that is the prompt's own, with the first run's window after it; what differs is the
+    first token, which in ``inside`` comes from the full prompt and is not counted.
+
+    Args:
+        answer_ids: of :func:`answer_in_full`.
+        other_ids, run_id: as in :func:`measure`.
+    """
+    ask, boundary = _prepare(server, case, "full" if ratio == 1 else mode, ratio, prompt, run_id)
+    own, problem = None, None
+    wants_own = bool(case.turns[turn].answers) and ratio != 1
+    counted = len(answer_ids) - (mode == "inside")
+    if mode == "after" and not boundary and ratio != 1:
+        return Followed(Reading(0, 0, 0.0), None, {}, "boundary", 0.0)
+    start = time.monotonic()
+    if ratio != 1:
+        if mode == "inside" and wants_own:
+            own = server.ask(prompt, case, turn, max_new_tokens=case.max_new_tokens, **ask)
+        else:
+            _compress_first(server, case, turn, mode, prompt, other_ids, ask)
+        if wants_own and own is None:
+            own = server.ask(prompt, case, turn, max_new_tokens=case.max_new_tokens, **ask)
+    both = prompt._replace(ids=prompt.ids + answer_ids)
+    found = server.ask(both, case, turn, max_new_tokens=1, logprobs_from=len(both.ids) - counted - 1, **ask)
+    if ratio != 1:
+        problem = find_problem(found.meta, "repeat" if mode == "inside" else mode, boundary, server.page_size)
+    reading = Reading.of(answer_ids[len(answer_ids) - counted :], found.choices, found.logprobs)
+    return Followed(reading, own, found.meta, problem, time.monotonic() - start)
 
 
 def score_rest(server: Server, prompt: Rendered, case: Case, turn: int, ask: dict) -> Answer:

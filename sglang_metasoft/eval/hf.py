@@ -7,6 +7,7 @@ decode as one batch.
 
 import dataclasses
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,22 @@ from typing import Any
 from tqdm import tqdm
 
 from sglang_metasoft.config import MetaSoftConfig, read_config_json
-from sglang_metasoft.eval.case import Case, Rendered, render
-from sglang_metasoft.eval.metrics import PERPLEXITY
+from sglang_metasoft.eval.case import MODES, Case, Rendered, answered, render
+from sglang_metasoft.eval.fidelity import Reading
+from sglang_metasoft.eval.metrics import FIDELITY, PERPLEXITY
 from sglang_metasoft.eval.oracle import Oracle
 from sglang_metasoft.eval.records import FULL, Store, is_settled, make_key, make_record
+from sglang_metasoft.eval.teacher_forcing import read
 from sglang_metasoft.eval.variants import VARIANTS
 from sglang_metasoft.hf.cache import Batch, generate, joined
 from sglang_metasoft.hf.compress import compress, probe_of
 from sglang_metasoft.hf.model import HFModel, LayerKV, Prefilled
-from sglang_metasoft.methods import load_method
+from sglang_metasoft.methods.auto import serve
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.pipeline.plan import plan_span
 from sglang_metasoft.types import MergedKV, Plan
+
+logger = logging.getLogger(__name__)
 
 USAGE = "NAME[+CONSOLIDATION][:SETTING=VALUE,...][@PATH]"
 NAMED_PARTS = ("method", "consolidation", "path")
@@ -70,11 +76,17 @@ class Compressor:
     def __init__(self, model: HFModel, spec: MethodSpec) -> None:
         settings = {"consolidation": spec.consolidation, "path": spec.path, **spec.settings}
         variant = VARIANTS.get(spec.name)
-        self.config = MetaSoftConfig(**settings) if variant else MetaSoftConfig(method=spec.name, **settings)
-        method_class = variant or load_method(spec.name)
+        self.config = MetaSoftConfig(method="metasoft" if variant else spec.name, **settings)
         self.spec, self.model = spec, model
-        self.method = method_class(self.config, model.shape, model.embed, model.device)
-        self.method.prepare(model)
+        if variant:
+            self.method: Method = variant(self.config, model.shape, model.embed, model.device)
+            self.method.prepare(model)
+            return
+        served = serve(self.config, model.shape, model.embed, model.device, model)
+        self.method, self.config = served.method, served.method.config
+        logger.info("%s: %s", spec.label, served.origin)
+        for warning in served.warnings:
+            logger.warning("%s", warning)
 
     def compress(
         self, entries: list[LayerKV], ids: list[int], plans: list[Plan], answer_ids: list[int]
@@ -84,7 +96,7 @@ class Compressor:
         Args:
             entries: of the whole prompt.
             ids: of the whole prompt.
-            answer_ids: the true answer, for the oracle alone.
+            answer_ids: the true answer, or the full cache's where that is the measure, for the oracle alone.
 
         Returns:
             For each plan and layer the consolidated entries ``[B, G, d]``.
@@ -113,7 +125,9 @@ class HFRunner:
         """Answer what the store lacks; one progress bar."""
         for case in tqdm(cases, unit="case", desc="hf"):
             for turn in range(len(case.turns)):
-                self._answer(case, turn)
+                text = self._answer(case, turn)
+                if text is not None:
+                    case = answered(case, turn, text)  # noqa: PLW2901
 
     def _wanted(self, case: Case, turn: int, mode: str) -> list[tuple[Compressor, list[float]]]:
         wanted = []
@@ -127,15 +141,19 @@ class HFRunner:
                 wanted.append((compressor, ratios))
         return wanted
 
-    def _answer(self, case: Case, turn: int) -> None:
+    def _answer(self, case: Case, turn: int) -> str | None:
+        """Answer a turn; the full cache's answer where later turns stand on that."""
         # A turn's prompt holds earlier turns, and a book's scored part follows its document: only "after" fits both.
         modes = [mode for mode in self.modes if mode == "after" or (turn == 0 and case.metric != PERPLEXITY)]
         wanted = {mode: self._wanted(case, turn, mode) for mode in modes}
         full_missing = [mode for mode in modes if make_key(case, turn, mode, FULL, 1) not in self.store]
         if not full_missing and not any(wanted.values()):
-            return
+            stored = [self.store.get(make_key(case, turn, mode, FULL, 1)) for mode in modes]
+            return stored[0]["prediction"] if case.metric == FIDELITY and stored and stored[0] else None
         prompt = render(case, turn, self.model.tokenizer)
         prefilled = self.model.prefill(prompt.ids)
+        if case.metric == FIDELITY:
+            return self._follow(case, turn, prompt, prefilled, wanted)
         if full_missing:
             cut = prompt.boundary_tokens if case.metric == PERPLEXITY else len(prompt.ids)
             rows = [[LayerKV(kv.key[:cut], kv.value[:cut]) for kv in prefilled.layers]]
@@ -143,14 +161,33 @@ class HFRunner:
             for mode in full_missing:
                 self._add(case, turn, mode, FULL, 1.0, prompt, len(prompt.ids), fields)
         for mode, compressors in wanted.items():
-            self._answer_compressed(case, turn, mode, compressors, prompt, prefilled)
+            self._answer_compressed(case, turn, mode, compressors, prompt, prefilled, self._answer_ids(case, turn))
+        return None
 
-    def _answer_compressed(self, case, turn, mode, compressors, prompt: Rendered, prefilled: Prefilled) -> None:
+    def _follow(self, case, turn, prompt: Rendered, prefilled: Prefilled, wanted) -> str:
+        """Let every cache read the full cache's answer; its text."""
+        stored = next(filter(None, (self.store.get(make_key(case, turn, mode, FULL, 1)) for mode in MODES)), None)
+        if stored:
+            ids = stored["answer_ids"]
+        else:
+            batch = Batch(self.model, [prefilled.layers], case.max_new_tokens)
+            (ids,) = generate(batch, [prefilled.logits.argmax().item()], len(prompt.ids), case.max_new_tokens)
+        text = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+        for mode, compressors in wanted.items():
+            if make_key(case, turn, mode, FULL, 1) not in self.store:
+                cut = _end(prompt, mode)
+                row = [LayerKV(kv.key[:cut], kv.value[:cut]) for kv in prefilled.layers]
+                (reading,) = read(self.model, [row], prompt.ids[cut:], cut, ids)
+                fields = {"prediction": text, "answer_ids": ids, **reading.fields()}
+                self._add(case, turn, mode, FULL, 1.0, prompt, len(prompt.ids), fields)
+            self._answer_compressed(case, turn, mode, compressors, prompt, prefilled, ids)
+        return text
+
+    def _answer_compressed(
+        self, case, turn, mode, compressors, prompt: Rendered, prefilled: Prefilled, answer_ids: list[int]
+    ) -> None:
         rows, labels = [], []
-        answer_ids = self._answer_ids(case, turn)
-        # What the compressed prompt ends with; a repeat finds the first run's window in the tree, and its last token
-        # alone is computed anew.
-        end = prompt.boundary_tokens if mode == "after" else len(prompt.ids) - (mode == "repeat")
+        end = _end(prompt, mode)
         for compressor, ratios in compressors:
             plans = {}
             for ratio in ratios:
@@ -172,11 +209,25 @@ class HFRunner:
                 labels += [(compressor.spec.label, ratio) for ratio in plans]
         if not rows:
             return
-        for (label, ratio), row, fields in zip(
-            labels, rows, self._continue(case, turn, rows, prompt, end, prefilled), strict=True
-        ):
+        if case.metric == FIDELITY:
+            found = self._read(case, turn, mode, rows, prompt, prefilled, answer_ids)
+        else:
+            found = self._continue(case, turn, rows, prompt, end, prefilled)
+        for (label, ratio), row, fields in zip(labels, rows, found, strict=True):
             entries = row[0].key.shape[0] + len(prompt.ids) - end
             self._add(case, turn, mode, label, ratio, prompt, entries, fields)
+
+    def _read(
+        self, case, turn, mode, rows, prompt: Rendered, prefilled: Prefilled, answer_ids: list[int]
+    ) -> list[dict]:
+        """How each row follows the full cache's answer, and its own one where there is a reference to match."""
+        stored = self.store.get(make_key(case, turn, mode, FULL, 1)) or {}
+        full = Reading(*(stored[name] for name in Reading._fields))
+        end = _end(prompt, mode)
+        found = [reading.fields(full) for reading in read(self.model, rows, prompt.ids[end:], end, answer_ids)]
+        if not case.turns[turn].answers:
+            return found
+        return [a | b for a, b in zip(found, self._continue(case, turn, rows, prompt, end, prefilled), strict=True)]
 
     def _answer_ids(self, case: Case, turn: int) -> list[int]:
         asked = case.turns[turn]
@@ -206,3 +257,11 @@ class HFRunner:
     def _add(self, case, turn, mode, label, ratio, prompt: Rendered, entries: int, fields: dict) -> None:
         fields = fields | {"prompt_tokens": len(prompt.ids), "kv_tokens": entries, "runner": "hf"}
         self.store.add(make_record(case, turn, mode, label, ratio, model=Path(self.model.shape.name).name, **fields))
+
+
+def _end(prompt: Rendered, mode: str) -> int:
+    """What of a prompt a mode's cache holds.
+
+    A repeat finds the first run's window in the tree, and its last token alone is computed anew.
+    """
+    return prompt.boundary_tokens if mode == "after" else len(prompt.ids) - (mode == "repeat")

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from sglang_metasoft.eval.case import Case, Rendered, render
-from sglang_metasoft.eval.cli import add_case_arguments, make_cases
-from sglang_metasoft.eval.metrics import PERPLEXITY
+from sglang_metasoft.eval.commands import add_case_arguments, make_cases
+from sglang_metasoft.eval.metrics import FIDELITY, PERPLEXITY
 from sglang_metasoft.eval.records import Store, is_settled, make_key, make_record
 
 
@@ -288,7 +288,12 @@ def main() -> int:
         modes = [mode for mode in args.modes if mode != "repeat"]  # here every question runs over compressed entries
         ratios = [ratio for ratio in args.ratios if ratio != 1]
         runner = Runner(args.model, args.presses, ratios, modes, Store(args.output))
-        runner.run(make_cases(args, runner.tokenizer))
+        cases = make_cases(args, runner.tokenizer)
+        if followed := {case.task for case in cases if case.metric == FIDELITY}:
+            raise ValueError(
+                f"--tasks: {min(followed)!r} is for eval and eval-hf alone; allowed: tasks with a true answer"
+            )
+        runner.run(cases)
     except ValueError as error:
         print(f"kvpress_runner: {error}", file=sys.stderr)
         return 2

@@ -29,6 +29,11 @@ def _normalized_words(text: str) -> list[str]:
     return ARTICLES.sub(" ", text).split()
 
 
+def exact_match(prediction: str, answers: Sequence[str]) -> bool:
+    """Whether the prediction is one of the answers, case, punctuation, articles and white space aside."""
+    return any(_normalized_words(prediction) == _normalized_words(answer) for answer in answers)
+
+
 def qa_f1(prediction: str, answers: Sequence[str], details: dict) -> float:
     """Best F1 of normalized words over the answers."""
 
@@ -91,6 +96,7 @@ METRICS: dict[str, Callable[[str, Sequence[str], dict], float]] = {
 }  # fmt: skip
 MONOTONE = {"string_match_all", "string_match_part"}  # more text never lowers these
 PERPLEXITY = "perplexity"  # scored by log-probabilities, not by an answer
+FIDELITY = "fidelity"  # scored by the full cache's own answer: sglang_metasoft.eval.fidelity
 
 
 def score(metric: str, prediction: str, answers: Sequence[str], details: dict) -> float:

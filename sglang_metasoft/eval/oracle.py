@@ -1,4 +1,4 @@
-"""The oracle: entries ranked by the attention that the true answer pays them. An upper bound, not a method."""
+"""The oracle: entries ranked by the attention that the answer pays them. An upper bound, not a method."""
 
 import torch
 
@@ -7,9 +7,10 @@ from sglang_metasoft.types import Probe, Prompt, Scores
 
 
 class Oracle(Method):
-    """Observes the prompt's last token and the true answer, which follow the span in their own places.
+    """Observes the prompt's last token and the answer, which follow the span in their own places.
 
-    Known to the in-process runner alone: a server does not know the answer.
+    The answer is the true one; where the measure is fidelity, the full cache's own. Known to the in-process runner
+    alone: a server does not know the answer.
     """
 
     default_consolidation = "none"

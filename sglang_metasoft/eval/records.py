@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 
 from sglang_metasoft.eval.case import Case
-from sglang_metasoft.eval.metrics import MONOTONE, PERPLEXITY, score
+from sglang_metasoft.eval.metrics import FIDELITY, MONOTONE, PERPLEXITY, exact_match, score
 
 KEY = ("task", "seed", "length_tokens", "index", "turn", "mode", "method", "ratio")
 FULL = "full"  # the method of an uncompressed prompt
@@ -35,10 +35,14 @@ class Store:
         if rest:
             self.path.write_text(whole + "\n" if whole else "")
         self.records = read_records(self.path)
-        self._keys = {key_of(record) for record in self.records}
+        self._by_key = {key_of(record): record for record in self.records}
 
     def __contains__(self, key: tuple) -> bool:
-        return key in self._keys
+        return key in self._by_key
+
+    def get(self, key: tuple) -> dict | None:
+        """The answer with a key, if it is there."""
+        return self._by_key.get(key)
 
     def add(self, record: dict) -> None:
         """Append a record and flush it."""
@@ -46,7 +50,7 @@ class Store:
             with self.path.open("a") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             self.records.append(record)
-            self._keys.add(key_of(record))
+            self._by_key[key_of(record)] = record
 
 
 def key_of(record: dict) -> tuple:
@@ -80,7 +84,8 @@ def make_record(case: Case, turn: int, mode: str, method: str, ratio: float, **f
     """The record of an answer.
 
     Args:
-        fields: ``prediction`` (text) or ``logprobs`` (of a book's tokens), ``problem`` if the answer must not be scored
+        fields: ``prediction`` (text), ``logprobs`` (of a book's tokens) or what
+            :meth:`sglang_metasoft.eval.fidelity.Reading.fields` gives, ``problem`` if the answer must not be scored
             (why it is not of a compressed prompt), and whatever the runner knows besides.
     """
     answers = case.turns[turn].answers
@@ -91,6 +96,10 @@ def make_record(case: Case, turn: int, mode: str, method: str, ratio: float, **f
         logprobs = fields.pop("logprobs", None)
         value = sum(logprobs) / len(logprobs) if logprobs else None
         record["scored_tokens"] = len(logprobs) if logprobs else 0
+    elif case.metric == FIDELITY:
+        value = fields["agreed"] / fields["tokens"] if fields.get("tokens") else None
+        if answers and "prediction" in fields:
+            fields["exact"] = exact_match(fields["prediction"], answers)
     else:
         value = score(case.metric, cut(fields["prediction"], case.stop), answers, case.details)
     record["score"] = None if fields.get("problem") else value

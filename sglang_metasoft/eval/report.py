@@ -1,15 +1,18 @@
 """From result files to JSON, a Markdown table and plots."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
+from sglang_metasoft.eval.metrics import FIDELITY
 from sglang_metasoft.eval.records import FULL, key_of, read_records
 from sglang_metasoft.eval.statistics import (
     able_tasks,
     advantage,
+    by_document,
     case_of,
     estimate,
+    fidelity,
     full_scores,
     paired,
     perplexity,
@@ -19,6 +22,7 @@ from sglang_metasoft.eval.statistics import (
 from sglang_metasoft.eval.tasks import TRAINED_FAMILIES
 
 ALL, SEEN, UNSEEN = "all", "seen", "unseen"
+FIDELITY_PLACE = ("split", "length_tokens", "mode", "method", "ratio")
 
 
 def load(paths: list[Path]) -> list[dict]:
@@ -46,7 +50,8 @@ def summarise(records: list[dict], reference: str | None = None) -> dict:
 
     Returns:
         ``cells``: one entry for each length, mode, group of families, method and ratio, with mean score, retention and
-        their 95 % intervals; ``tasks``: mean score of each task; ``perplexity``; ``problems``: answers that were not
+        their 95 % intervals; ``tasks``: mean score of each task; ``fidelity``: one entry for each split, length, mode,
+        method, ratio and kind of document (``all``: together); ``perplexity``; ``problems``: answers that were not
         scored, by method and reason.
     """
     cells, tasks, books, comparisons = [], [], [], []
@@ -81,6 +86,7 @@ def summarise(records: list[dict], reference: str | None = None) -> dict:
     return {
         "cells": cells,
         "tasks": tasks,
+        "fidelity": _fidelity(records),
         "comparisons": comparisons,
         "reference": reference,
         "perplexity": books,
@@ -101,6 +107,22 @@ def _cell(pairs) -> dict:
         "retention": kept,
         "retention_interval": kept_interval,
     }
+
+
+def _fidelity(records: list[dict]) -> list[dict]:
+    groups = defaultdict(list)
+    for record in records:
+        if record["metric"] == FIDELITY:
+            place = tuple(record[name] for name in FIDELITY_PLACE)
+            groups[*place, ALL].append(record)
+            groups[*place, record["kind"]].append(record)
+    rows = []
+    for place, members in sorted(groups.items()):
+        if documents := by_document(members):
+            exact = [record["exact"] for record in members if record.get("exact") is not None]
+            row = dict(zip((*FIDELITY_PLACE, "kind"), place, strict=True)) | fidelity(documents)
+            rows.append(row | ({"exact": sum(exact), "references": len(exact)} if exact else {}))
+    return rows
 
 
 def _compare(here: list[dict], reference: str, able: list[str]) -> list[dict]:
@@ -140,6 +162,7 @@ def markdown(summary: dict) -> str:
         members = {group: next((c["tasks"] for c in here if c["group"] == group), ()) for group in (SEEN, UNSEEN)}
         lines += [""] + [f"{group}: {', '.join(names)}" for group, names in members.items() if names]
         lines += _task_table([t for t in summary["tasks"] if (t["length_tokens"], t["mode"]) == (length, mode)])
+    lines += _fidelity_tables(summary["fidelity"])
     if summary["comparisons"]:
         lines += [f"\n### What {summary['reference']} has over others\n"]
         lines += ["Points of the mean score at the same ratio, case by case (95 % interval).\n"]
@@ -162,6 +185,52 @@ def markdown(summary: dict) -> str:
         lines += ["\n### Not scored\n", "| method | mode | why | answers |", "|---|---|---|---|"]
         lines += [f"| {p['method']} | {p['mode']} | {p['problem']} | {p['answers']} |" for p in summary["problems"]]
     return "\n".join(lines).strip() + "\n"
+
+
+def _fidelity_tables(rows: list[dict]) -> list[str]:
+    lines = []
+    for split, length, mode in sorted({tuple(row[name] for name in FIDELITY_PLACE[:3]) for row in rows}):
+        here = [row for row in rows if tuple(row[name] for name in FIDELITY_PLACE[:3]) == (split, length, mode)]
+        here.sort(key=lambda row: (row["ratio"], row["method"]))
+        kinds = sorted({row["kind"] for row in here} - {ALL})
+        size = f"prompts of {length} tokens" if length else "prompts as they are"
+        lines += [f"\n### The full cache's own answer: {split}, {size}, question {mode}\n"]
+        lines += [
+            "Tokens whose first choice is kept, in per cent, and rise of the loss in nats a token (95 % intervals"
+        ]
+        lines += ["by whole documents), each with the worst document.\n"]
+        exact = any("exact" in row for row in here)
+        heads = ["method", "ratio", "kept", "worst", "rise", "worst", "documents", "tokens"]
+        heads += ["exact"] if exact else []
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for row in here:
+            if row["kind"] == ALL:
+                cells = [row["method"], f"{row['ratio']:g}", _of_interval(row, "kept", _percent)]
+                cells += [_percent(row["kept_worst"]), _of_interval(row, "nats", _nats), _nats(row["nats_worst"])]
+                cells += [str(row["documents"]), str(row["tokens"])]
+                cells += [f"{row['exact']} of {row['references']}" if "exact" in row else ""] if exact else []
+                lines.append(f"| {' | '.join(cells)} |")
+        if len(kinds) < 2:
+            continue
+        lines += ["\nFirst choices kept (and rise of the loss), by kind.\n"]
+        lines += ["| method | ratio | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 2) + "|"]
+        for method, ratio in dict.fromkeys((row["method"], row["ratio"]) for row in here):
+            mine = {row["kind"]: row for row in here if (row["method"], row["ratio"]) == (method, ratio)}
+            cells = [
+                f"{_percent(mine[kind]['kept'])} ({_nats(mine[kind]['nats'])})" if kind in mine else ""
+                for kind in kinds
+            ]
+            lines.append(f"| {method} | {ratio:g} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _nats(value: float) -> str:
+    return f"{value + 0.0:+.3f}"
+
+
+def _of_interval(row: dict, name: str, shown) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{shown(row[name])} ({shown(low)} to {shown(high)})"
 
 
 def _kept(cell: dict | None) -> str:

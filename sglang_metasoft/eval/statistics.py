@@ -2,10 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
-from sglang_metasoft.eval.metrics import PERPLEXITY
+from sglang_metasoft.eval.metrics import FIDELITY, PERPLEXITY
 from sglang_metasoft.eval.records import FULL
 
 RESAMPLES = 2000
@@ -23,7 +24,7 @@ def full_scores(records: Iterable[dict], mode: str) -> dict[tuple, float]:
     """The full cache's score of each case, from the mode itself or, where that lacks it, from any other."""
     found: dict[tuple, float] = {}
     for record in records:
-        if record["method"] == FULL and record["score"] is not None and record["metric"] != PERPLEXITY:
+        if record["method"] == FULL and record["score"] is not None and record["metric"] not in (PERPLEXITY, FIDELITY):
             if record["mode"] == mode or case_of(record) not in found:
                 found[case_of(record)] = record["score"]
     return found
@@ -92,3 +93,39 @@ def perplexity(records: Iterable[dict]) -> dict[tuple[str, float], float]:
             entry[0] += record["score"] * record["scored_tokens"]
             entry[1] += record["scored_tokens"]
     return {key: float(np.exp(-total / tokens)) for key, (total, tokens) in sums.items() if tokens}
+
+
+def by_document(records: Iterable[dict]) -> dict[str, np.ndarray]:
+    """For each document tokens counted, first choices kept and the rise of the loss in nats, summed over its turns."""
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(3))
+    for record in records:
+        if record["metric"] == FIDELITY and record["score"] is not None:
+            tokens = record["tokens"]
+            sums[record["document"]] += tokens, record["agreed"], record["nats"] * tokens
+    return dict(sums)
+
+
+def fidelity(documents: dict[str, np.ndarray], seed: int = 0) -> dict:
+    """Share of first choices kept and rise of the loss per token, with 95 % bootstrap intervals.
+
+    Whole documents are drawn, not tokens: the tokens of one answer stand and fall together.
+
+    Args:
+        documents: of :func:`by_document`; at least one.
+    """
+    values = np.stack(list(documents.values()))
+    drawn = values[np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))].sum(axis=1)
+    tokens, agreed, nats = values.T
+    names = list(documents)
+    result: dict[str, Any] = {"documents": len(names), "tokens": int(tokens.sum())}
+    for name, part, worst in (("kept", agreed, np.argmin), ("nats", nats, np.argmax)):
+        column = 1 if name == "kept" else 2
+        shares = drawn[:, column] / drawn[:, 0]
+        last = int(worst(part / tokens))
+        result |= {
+            name: float(part.sum() / tokens.sum()),
+            f"{name}_interval": (float(np.percentile(shares, 2.5)), float(np.percentile(shares, 97.5))),
+            f"{name}_worst": float(part[last] / tokens[last]),
+            f"{name}_worst_document": names[last],
+        }
+    return result

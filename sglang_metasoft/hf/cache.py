@@ -32,8 +32,12 @@ class Batch:
         self.visible = place >= self.used - torch.tensor(lengths, device=model.device)[:, None]
 
     @torch.no_grad()
-    def extend(self, ids: torch.Tensor, position: int, last: int = 0) -> torch.Tensor:
-        """Add ``[rows, n]`` tokens at logical ``position``; float32 logits ``[rows, last, vocabulary]``, 0: of all."""
+    def extend(self, ids: torch.Tensor, position: int | torch.Tensor, last: int = 0) -> torch.Tensor:
+        """Add ``[rows, n]`` tokens; float32 logits ``[rows, last, vocabulary]``, 0: of all.
+
+        Args:
+            position: logical, of the first: one number, or ``[rows]``.
+        """
         rows, count = ids.shape
         start, self.used = self.used, self.used + count
         place = torch.arange(self.used, device=ids.device)
@@ -52,7 +56,8 @@ class Batch:
             )  # fmt: skip
             return out.reshape(rows, groups * per_group, count, -1)
 
-        positions = torch.arange(position, position + count, device=ids.device).expand(rows, -1)
+        first = torch.as_tensor(position, device=ids.device).reshape(-1, 1)
+        positions = (first + torch.arange(count, device=ids.device)).expand(rows, -1)
         return self.model.logits(self.model.embed(ids), positions, attend, last)
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -63,18 +68,23 @@ class Batch:
 
 
 def generate(
-    batch: Batch, first: list[int], position: int, max_new_tokens: int, is_done: Callable[[str], bool] | None = None
+    batch: Batch,
+    first: list[int],
+    position: int | torch.Tensor,
+    max_new_tokens: int,
+    is_done: Callable[[str], bool] | None = None,
 ) -> list[list[int]]:
     """Greedy answers, end tokens included.
 
     Args:
         first: the first answer token of each row.
-        position: its logical position.
+        position: its logical position: one number, or ``[rows]``.
         is_done: whether an answer may end with this text, because more of it would change nothing.
     """
     model = batch.model
     answers: list[list[int]] = [[] for _ in first]
     alive, tokens = list(range(len(answers))), first
+    positions = torch.as_tensor(position, device=model.device).expand(len(answers))
     for step in range(max_new_tokens):
         going = []
         for place, (row, token) in enumerate(zip(alive, tokens, strict=True)):
@@ -87,7 +97,7 @@ def generate(
             batch.keep(torch.tensor(going, dtype=torch.int64))
             alive = [alive[place] for place in going]
         ids = model.tensor([[answers[row][-1]] for row in alive])
-        tokens = batch.extend(ids, position + step, last=1)[:, -1].argmax(-1).tolist()
+        tokens = batch.extend(ids, positions[alive] + step, last=1)[:, -1].argmax(-1).tolist()
     return answers
 
 

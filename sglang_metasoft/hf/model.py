@@ -7,15 +7,16 @@ calls to say. Any model works that has plain causal attention in every layer, th
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 
 from sglang_metasoft.config import shown
-from sglang_metasoft.hf.shape import context_tokens, read_config, shape_of
-from sglang_metasoft.types import Rope
+from sglang_metasoft.hf.layers import read_layers
+from sglang_metasoft.hf.shape import read_config, shape_of
+from sglang_metasoft.types import AttentionLayer
 
 ATTENTION = "metasoft"
 PREFILL_CHUNK_TOKENS = 1024
@@ -93,6 +94,7 @@ class HFModel:
             raise ValueError(f"model path: {shown(str(path))} cannot be loaded: {error}") from None
         self.model.requires_grad_(False).eval().to(device)
         self.device, self.dtype = device, self.model.dtype
+        self._layers: list[AttentionLayer] | None = None
         ends = self.model.generation_config.eos_token_id
         self.end_ids = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
@@ -166,20 +168,11 @@ class HFModel:
         positions = torch.arange(start, end, device=self.device)
         return self.logits(self.embed(ids)[None], positions[None], attend, last=1)[0, -1]
 
-    def rope(self) -> Rope:
-        """The rotary embedding, on the model's device.
-
-        Raises:
-            ValueError: the model has none that is the same in all layers.
-        """
-        module: Any = getattr(self.model.get_decoder(), "rotary_emb", None)
-        limit = context_tokens(self.config)
-        if not isinstance(getattr(module, "inv_freq", None), torch.Tensor) or limit is None:
-            kind = type(self.model).__name__
-            raise ValueError(f"model class {kind} has no one rotary embedding; the consolidation needs it")
-        positions = torch.arange(limit, device=module.inv_freq.device)
-        angles = positions[:, None].float() * module.inv_freq.float()
-        return Rope(torch.cat([angles.cos(), angles.sin()], -1) * module.attention_scaling, True)
+    def layers(self) -> list[AttentionLayer]:
+        """The attention layers in order, and how the queries of each depend on their position; runs the model once."""
+        if self._layers is None:
+            self._layers = read_layers(self)
+        return self._layers
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""

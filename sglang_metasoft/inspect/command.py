@@ -7,9 +7,9 @@ import secrets
 import sys
 from pathlib import Path
 
-from sglang_metasoft.config import METHODS, MetaSoftConfig, read_config_json, shown
+from sglang_metasoft.config import AUTO, METHODS, MetaSoftConfig, read_config_json, shown
+from sglang_metasoft.demo import model as demo_model
 
-DEMO_MODEL = Path(".demo/SmolLM2-135M-Instruct")
 RATIOS = "2,4,8,16"
 
 
@@ -53,14 +53,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--question", help="asked after the text, or as a further message of the chat")
     parser.add_argument(
-        "--model-path", type=Path, help=f"Hugging Face model folder (default: the demo's, {DEMO_MODEL})"
+        "--model-path", type=Path, help=f"Hugging Face model folder (default: the demo's, {demo_model.PATH})"
     )
     parser.add_argument("--output", type=Path, default=Path("inspect.html"), help="default: inspect.html")
     parser.add_argument(
         "--ratios", default=RATIOS, help=f"ratios with stored flows and answers, each above 1 (default: {RATIOS})"
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of each answer (default: 64)")
-    parser.add_argument("--metasoft-method", help=f"one of: {', '.join(METHODS)}")
+    parser.add_argument("--metasoft-method", help=f"one of: {', '.join((AUTO, *METHODS))}")
     parser.add_argument("--metasoft-path", help="trained compressor: directory or hub id")
     parser.add_argument("--metasoft-config", help="JSON with the server's settings: window, sink, min_tokens, ...")
     return parser.parse_args(argv)
@@ -88,22 +88,20 @@ def _open_draft(output: Path):
 
 
 def _make_page(args: argparse.Namespace, config: MetaSoftConfig, ratios: list[float]) -> bytes:
-    from sglang_metasoft.compressor.files import check_compressor
-    from sglang_metasoft.demo import model as demo_model
     from sglang_metasoft.hf.model import load_tokenizer
     from sglang_metasoft.hf.shape import context_tokens, read_config, read_shape
+    from sglang_metasoft.inspect.inspected_model import InspectedModel
     from sglang_metasoft.inspect.inspection import check_lengths, inspect
-    from sglang_metasoft.inspect.model import InspectedModel
     from sglang_metasoft.inspect.page import render
     from sglang_metasoft.inspect.prompt import read_prompt
+    from sglang_metasoft.methods import auto
 
-    folder = args.model_path or demo_model.prepare(DEMO_MODEL)
+    folder = args.model_path or demo_model.prepare(demo_model.PATH)
     shape, tokenizer = read_shape(folder), load_tokenizer(folder)
     prompt = read_prompt(args.prompt, args.question, tokenizer)
     limit = context_tokens(read_config(folder))
     check_lengths(prompt, config, ratios, limit and limit - args.max_new_tokens)
-    if config.path is not None:
-        check_compressor(config.path, shape)
+    auto.check(config, shape, tp_size=1)
     title = args.prompt.name if args.prompt else "State of the Union, 1944"
     facts = {"model": folder.resolve().name}
     model = InspectedModel(folder, tokenizer)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from sglang_metasoft.config import MetaSoftConfig
-from sglang_metasoft.inspect.model import Answer, CompressedLayer, InspectedModel
+from sglang_metasoft.inspect.inspected_model import Answer, CompressedLayer, InspectedModel
 from sglang_metasoft.inspect.prompt import InspectedPrompt
 from sglang_metasoft.pipeline.plan import plan_span
 from sglang_metasoft.types import Bypass, Plan
@@ -71,7 +71,7 @@ def inspect(
         progress: called with a line of text before each long step.
     """
     method = model.make_method(config)
-    facts = facts | {"method": f"{config.method}: {method.description}"}
+    facts = facts | {"method": f"{method.config.method}: {method.description}"}
     count = len(prompt.ids)
     progress(f"prefill of {count} tokens")
     cache, first = model.prefill(prompt.ids)

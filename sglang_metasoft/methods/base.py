@@ -5,6 +5,7 @@ from functools import cached_property
 import torch
 from metasoft_kernels.score import importance
 
+from sglang_metasoft.compressor.entry_scorer import EntryScorer
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.consolidations import Consolidation, load_consolidation
 from sglang_metasoft.types import Embed, LayerView, ModelShape, Probe, Prompt, Scores, ServedModel
@@ -97,6 +98,11 @@ class Method:
     def scores_by_attention(self) -> bool:
         """Whether importance is the probe's mean attention and nothing else."""
         return type(self).score is Method.score and type(self).score_layer is Method.score_layer
+
+    @property
+    def entry_scorer(self) -> EntryScorer | None:
+        """What refines the probe's mean attention, if importance is that and nothing else; else None."""
+        return None
 
     @property
     def description(self) -> str:

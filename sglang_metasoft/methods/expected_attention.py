@@ -4,7 +4,7 @@ import torch
 
 from sglang_metasoft.methods.base import Method
 from sglang_metasoft.rope import rotate
-from sglang_metasoft.types import LayerView, Probe, Prompt, Rope, Scores, ServedModel
+from sglang_metasoft.types import LayerView, Probe, Prompt, Rope, Scores, ServedModel, Turning
 
 FUTURE_TOKENS = 512
 
@@ -21,7 +21,14 @@ class ExpectedAttention(Method):
 
     def prepare(self, model: ServedModel) -> None:
         super().prepare(model)
-        self.rope = model.rope()
+        self.ropes = []
+        for number, layer in enumerate(model.layers()):
+            if layer.turning is Turning.OTHER:
+                raise ValueError(
+                    f"method expected_attention: layer {number} of this model does more to a query by its position "
+                    "than to turn it; allowed: layers that turn it, or do nothing"
+                )
+            self.ropes.append(layer.rope)
 
     def probe(self, prompt: Prompt) -> Probe:
         return self.rerun(prompt, prompt.last_raw_ids(self.config.observed_tokens))
@@ -33,12 +40,15 @@ class ExpectedAttention(Method):
         is_start = view.seen_tokens == 0 and job.plan.sink_tokens < t
         skipped = job.plan.sink_tokens if is_start else 0  # the paper leaves the sinks' queries out
         queries = view.q[skipped:].float()
-        queries = rotate(queries, self.rope, first + skipped, backwards=True)
+        rope = self.ropes[view.layer]
+        if rope is not None:
+            queries = rotate(queries, rope, first + skipped, backwards=True)
         mean = queries.mean(0)  # [H, d]
         centered = (queries - mean).transpose(0, 1)
         covariance = centered.transpose(1, 2) @ centered / centered.shape[1]  # [H, d, d]
-        turn = mean_rotation(self.rope, first + t, d)
-        mean, covariance = mean @ turn.t(), turn @ covariance @ turn.t()
+        if rope is not None:
+            turn = mean_rotation(rope, first + t, d)
+            mean, covariance = mean @ turn.t(), turn @ covariance @ turn.t()
 
         groups = pool.key.shape[1]
         keys = (pool.key[job.span_slots].float() * pool.key_scale).permute(1, 0, 2)  # [G, S, d]

@@ -15,13 +15,18 @@ class JudgeQ(Method):
     @classmethod
     def check(cls, config, shape: ModelShape, tp_size: int) -> None:
         super().check(config, shape, tp_size)
-        if config.path is None:
-            raise ValueError("metasoft method: judge_q has nothing untrained to fall back on; give --metasoft-path")
+        cls._check_path(config)
         check_compressor(config.path, shape, method="judge_q")
 
     def __init__(self, config, shape: ModelShape, embed, device) -> None:
         super().__init__(config, shape, embed, device)
+        self._check_path(config)
         self.static_tokens = StaticTokens.load(config.path, shape, embed, device)
+
+    @staticmethod
+    def _check_path(config) -> None:
+        if config.path is None:
+            raise ValueError("metasoft method: judge_q has nothing untrained to fall back on; give --metasoft-path")
 
     def follow_weights(self, model):
         self.static_tokens.check_again()  # the file is as it was

@@ -58,6 +58,10 @@ class MetaSoft(Method):
         return self.soft_tokens.scorer is None
 
     @property
+    def entry_scorer(self):
+        return self.soft_tokens.scorer
+
+    @property
     def description(self) -> str:
         kind = "untrained" if self.config.path is None else f"trained ({self.config.path})"
         return f"{self.soft_tokens.count} {kind} soft tokens, consolidation {self.consolidation_name}"

@@ -8,15 +8,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from metasoft_kernels.move.fused import move, move_biased
+from metasoft_kernels.parts import Scored
 from metasoft_kernels.ragged import ragged, rows_of_each
+from metasoft_kernels.refine.fused import log_importance
 from metasoft_kernels.route.fused import route
 from metasoft_kernels.score.fused import importance as mean_attention
-from metasoft_kernels.select.fused import split_top
+from metasoft_kernels.select.fused import mark_top, split_top
 
-from sglang_metasoft.consolidations.base import RoutedBatch
+from sglang_metasoft.consolidations.base import KeyBiases, RankedBatch, RoutedBatch
 from sglang_metasoft.methods.base import Method
 from sglang_metasoft.pipeline.clock import Clock, no_clock
 from sglang_metasoft.pipeline.layer import compress_layer
+from sglang_metasoft.pipeline.memory import heads_at_once
 from sglang_metasoft.types import Job, LayerPool, LayerView, MergedKV
 
 
@@ -32,7 +36,15 @@ class Consolidated(NamedTuple):
 
     kept_rows: torch.Tensor  # [G, sum B] int32, entries along the axis of all spans
     values: torch.Tensor | None  # [sum B, G, d] merged values; None: those of the kept entries
-    key_moves: torch.Tensor | None  # [sum B, G, d] float32, added to the kept keys; None: nothing
+    key_biases: KeyBiases | None  # what kept keys are to carry; None: nothing
+
+
+def join_heads(parts: list[KeyBiases | None]) -> KeyBiases | None:
+    """What some KV heads after others carry, as one."""
+    biases = [part for part in parts if part is not None]
+    if len(biases) < 2:
+        return biases[0] if biases else None
+    return KeyBiases(torch.cat([part.biases for part in biases]), torch.cat([part.directions for part in biases], 1))
 
 
 def is_fused(method: Method) -> bool:
@@ -103,7 +115,7 @@ class FusedBatch:
         self.first_kv_head = first_kv_head
         plans = [job.plan for job in jobs]
         self.device = jobs[0].span_slots.device
-        self.probe, self.context, self.span, self.kept, self.dropped, sinks = ragged(
+        self.probe, self.context, self.span, self.kept, self.dropped, sinks, modes = ragged(
             self.device,
             [job.probe.embeds.shape[0] for job in jobs],
             [job.context_slots.numel() for job in jobs],
@@ -111,13 +123,15 @@ class FusedBatch:
             [plan.kept_slots for plan in plans],
             [plan.saved_slots for plan in plans],
             [plan.sink_tokens for plan in plans],
+            [int(plan.ends_at_boundary) for plan in plans],
         )
-        self.sink_tokens = sinks.starts.diff()
+        self.sink_tokens, self.modes = sinks.starts.diff(), modes.starts.diff()
         self.context_slots, self.span_slots, self.new_slots = (
-            torch.cat(slots)
+            torch.cat(slots) if len(jobs) > 1 else slots[0]
             for slots in zip(*((job.context_slots, job.span_slots, job.new_slots) for job in jobs), strict=True)
         )
         self.targets = min(method.consolidation.targets, method.config.route_band, self.kept.longest)
+        self.noted = method.consolidation.note_batch(jobs)
 
     def compress(
         self,
@@ -135,16 +149,21 @@ class FusedBatch:
             ``[sum t, H, d]`` attention output, what is to be written, and for each job, on a CPU alone, whether
             everything was finite (elsewhere nobody could read it without waiting).
         """
-        q = q.contiguous()
+        if q.stride()[1:] != (q.shape[2], 1):  # rows of a wider tensor are read where they lie
+            q = q.contiguous()
         with clock("probe"):
             out, lse = self.attend(
                 q, pool.key, pool.value, self.context_slots, k_new, v_new, self.probe, self.context, pool.scale,
                 pool.key_scale, pool.value_scale,
             )  # fmt: skip
+        if self.method.consolidation.ranks_by_kernels:
+            return out, *self._rank_by_kernels(q, pool, lse, layer, clock)
         with clock("score"):
-            raw, raw_mass = self._score(q, pool, lse, layer)
-            mass = raw_mass.nan_to_num(0.0, 0.0, 0.0)
-            importance = self._rank(mass if raw is raw_mass else raw.nan_to_num(0.0, 0.0, 0.0))
+            raw = self._score(q, pool, lse, layer)
+            mass = raw.attention.nan_to_num(0.0, 0.0, 0.0)
+            is_one = raw.importance is raw.attention
+            scored = raw._replace(importance=mass) if is_one else raw
+            importance = self.method.consolidation.rank_batch(scored, self.span, self.jobs, self.noted)
         with clock("route"):
             kept_rows, dropped_rows = split_top(importance, self.sink_tokens, self.span, self.kept, self.dropped)
             targets, weights = None, None
@@ -159,42 +178,97 @@ class FusedBatch:
                 weights, gate_scale, q.dtype,
             )  # fmt: skip
             merged = self.method.consolidation.merge_batch(routed)
-        consolidated = Consolidated(kept_rows, merged.values, merged.key_moves)
-        return out, consolidated, self._finite(raw, raw_mass, merged.is_finite)
+        consolidated = Consolidated(kept_rows, merged.values, merged.key_biases)
+        return out, consolidated, self._finite(raw, merged.is_finite)
 
-    def _score(
-        self, q: torch.Tensor, pool: LayerPool, lse: torch.Tensor, layer: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Importance and mass, ``[G, sum S]`` each; a method with a score of its own is asked job by job."""
-        if self.method.scores_by_attention:
+    def _rank_by_kernels(
+        self, q: torch.Tensor, pool: LayerPool, lse: torch.Tensor, layer: int, clock: Clock
+    ) -> tuple[Consolidated, list[torch.Tensor]]:
+        """What follows the probe where the consolidation ranks and merges by kernels of its own.
+
+        As many KV heads at a time as the workspace holds; all of them where a method has a score of its own.
+        """
+        groups = pool.key.shape[1]
+        heads = groups
+        if self.method.scores_by_attention or self.method.entry_scorer is not None:
+            heads = heads_at_once(groups, self.span.total, self.kept.total)
+        kept_rows = torch.empty(groups, self.kept.total, dtype=torch.int32, device=self.device)
+        merged, finite = [], []
+        for first in range(0, groups, heads):
+            some = slice(first, min(first + heads, groups))
+            part, flags = self._rank_heads(q, pool, lse, layer, some, kept_rows[some], clock)
+            merged.append(part)
+            finite.append(flags)
+        flags = [torch.stack(each).all() for each in zip(*finite, strict=True)]
+        return Consolidated(kept_rows, None, join_heads(merged)), flags
+
+    def _rank_heads(
+        self, q, pool: LayerPool, lse: torch.Tensor, layer: int, heads: slice, kept_rows: torch.Tensor, clock: Clock
+    ) -> tuple[KeyBiases | None, list[torch.Tensor]]:
+        """Some KV heads of a layer; ``kept_rows`` ``[heads, sum B]`` is filled."""
+        consolidation = self.method.consolidation
+        if heads.stop - heads.start < pool.key.shape[1]:
+            r = q.shape[1] // pool.key.shape[1]
+            queries = slice(heads.start * r, heads.stop * r)
+            q, lse = q[:, queries], lse[:, queries].contiguous()
+            pool = pool._replace(key=pool.key[:, heads], value=pool.value[:, heads])
+        with clock("score"):
+            scored = self._score(q, pool, lse, layer, heads.start)
+            ranked = consolidation.rank_batch(scored, self.span, self.jobs, self.noted)
+        with clock("route"):
+            is_kept = mark_top(ranked, self.sink_tokens, self.span, self.kept, kept_rows)
+        with clock("merge"):
+            routed = RoutedBatch(
+                self.jobs, pool, layer, self.span_slots, self.span, self.kept, None, kept_rows, None, None, None, 1.0,
+                q.dtype, RankedBatch(self.noted, scored, is_kept, self.sink_tokens, ranked, heads),
+            )  # fmt: skip
+            merged = consolidation.merge_batch(routed)
+        return merged.key_biases, self._finite(scored, merged.is_finite)
+
+    def _score(self, q: torch.Tensor, pool: LayerPool, lse: torch.Tensor, layer: int, first_head: int = 0) -> Scored:
+        """What the entries are worth; a method with a score of its own is asked job by job.
+
+        Args:
+            first_head: of this rank's KV heads the pool's first.
+        """
+        scorer, by_kernels = self.method.entry_scorer, self.method.consolidation.ranks_by_kernels
+        if self.method.scores_by_attention or (scorer is not None and by_kernels):
             mass = mean_attention(
                 q, pool.key, self.span_slots, lse, self.probe, self.span, pool.scale, pool.key_scale
             )  # fmt: skip
-            return mass, mass
+            if scorer is None:
+                return Scored(mass, mass)
+            return log_importance(
+                mass, pool.key, pool.value, self.span_slots, scorer.weights, self.modes, layer,
+                self.first_kv_head + first_head, self.span, pool.key_scale, pool.value_scale,
+            )  # fmt: skip
         parts = [
             self.method.score_layer(LayerView(job, pool, q[own], lse[own], layer, self.first_kv_head))
             for job, own in zip(self.jobs, self.probe.ranges(), strict=True)
         ]
-        masses = [part.importance if part.mass is None else part.mass for part in parts]
-        return torch.cat([part.importance for part in parts], dim=1), torch.cat(masses, dim=1)
+        masses = torch.cat([part.importance if part.mass is None else part.mass for part in parts], dim=1)
+        return Scored(masses, torch.cat([part.importance for part in parts], dim=1))
 
-    def _rank(self, importance: torch.Tensor) -> torch.Tensor:
-        consolidation = self.method.consolidation
-        if not consolidation.ranks:
-            return importance
-        parts = [
-            consolidation.rank(importance[:, own], job.probe)
-            for job, own in zip(self.jobs, self.span.ranges(), strict=True)
-        ]
-        return torch.cat(parts, dim=1)
-
-    def _finite(self, raw: torch.Tensor, raw_mass: torch.Tensor, is_finite: torch.Tensor | None) -> list[torch.Tensor]:
+    def _finite(self, scored: Scored, is_finite: torch.Tensor | None) -> list[torch.Tensor]:
         if self.device.type != "cpu":
             return []
-        flags = [(raw[:, entries] + raw_mass[:, entries]).isfinite().all() for entries in self.span.ranges()]
+        flags = [(scored.attention[:, own] + scored.importance[:, own]).isfinite().all() for own in self.span.ranges()]
         if is_finite is not None:
             flags = [flag & is_finite[:, own].all() for flag, own in zip(flags, self.kept.ranges(), strict=True)]
         return flags
+
+    def write(self, pool: LayerPool, consolidated: Consolidated) -> None:
+        """One layer's consolidated entries into the jobs' new slots, straight from pool to pool."""
+        if consolidated.key_biases is None:
+            move(
+                pool.key, pool.value, self.span_slots, consolidated.kept_rows, self.new_slots, consolidated.values,
+                pool.value_scale,
+            )  # fmt: skip
+            return
+        move_biased(
+            pool.key, pool.value, self.span_slots, consolidated.kept_rows, self.new_slots, *consolidated.key_biases,
+            self.kept, pool.scale, pool.key_scale,
+        )  # fmt: skip
 
     def kept_of_jobs(self, consolidated: Consolidated) -> list[torch.Tensor]:
         """Each job's ``[G, B]`` int64 kept entries, counted from the start of its span."""

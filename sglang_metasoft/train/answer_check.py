@@ -4,8 +4,8 @@ import math
 from typing import NamedTuple
 
 import torch
+from metasoft_kernels.bias.naive import log_biases
 from metasoft_kernels.merge import gather
-from metasoft_kernels.merge.key_bias import log_biases
 from metasoft_kernels.select import split_top
 from torch.nn.functional import avg_pool1d, cross_entropy
 

@@ -84,9 +84,18 @@ class Backbone(HFModel):
         return call(embeds[None], positions[None], answer)[0], seen
 
     @torch.no_grad()
-    def answer(self, context: Layers, ids: list[int], max_new_tokens: int) -> list[int]:
-        """Greedy answer after ``ids`` over ``context``, without the end token."""
-        batch = Batch(self, [context.entries], len(ids) + max_new_tokens)
-        first = batch.extend(self.tensor([ids]), context.length, last=1)[0, -1].argmax().item()
-        (answer,) = generate(batch, [first], context.length + len(ids), max_new_tokens)
-        return answer[:-1] if answer[-1] in self.end_ids else answer
+    def answers(self, context: Layers, questions: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers to several questions over one context, as one batch, without end tokens.
+
+        Args:
+            context: what all of them follow.
+            questions: token ids.
+        """
+        rows, first = [], []
+        for ids in questions:
+            logits, seen = self.rows(self.tensor(ids), context, logits=True)
+            rows.append(seen.entries)
+            first.append(int(logits[-1].argmax()))
+        starts = self.tensor([context.length + len(ids) for ids in questions])
+        found = generate(Batch(self, rows, max_new_tokens), first, starts, max_new_tokens)
+        return [answer[:-1] if answer[-1] in self.end_ids else answer for answer in found]

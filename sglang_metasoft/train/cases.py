@@ -28,22 +28,32 @@ class Case(NamedTuple):
     repeat_from: int  # where the repeated part of the prefix begins
 
 
-def to_case(tokenizer, task: Task, *, chat: bool, repeat: bool) -> Case:
+def to_case(tokenizer, task: Task, *, chat: bool, repeat: bool, earlier: tuple[str, str] | None = None) -> Case:
     """Put a task into the model's chat template, or into plain text.
 
     Prefix and questions are tokenised apart, as a server sees a shared document and what follows it.
+
+    Args:
+        chat: in the model's template.
+        repeat: the prefix is also asked for word for word.
+        earlier: a question and its answer that come between the document and the questions.
     """
-    before, after = _template(tokenizer) if chat else ("", "\n")
+    before, after, following = chat_template(tokenizer) if chat else ("", "\n", "\n\n")
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     head = ids(before)
     asked = [question.partition(RESPONSE) for question, _ in task.questions]
-    questions = [ids(PREAMBLE + question + after + start) for question, _, start in asked]
+    opening = PREAMBLE
+    body = ids(task.document)
+    if earlier is not None:
+        body += ids(PREAMBLE + earlier[0] + after) + ids(earlier[1] + following)
+        opening = ""
+    questions = [ids(opening + question + after + start) for question, _, start in asked]
     answers = [None if answer is None else ids(answer) for _, answer in task.questions]
     request = ids(PREAMBLE + REPEAT + after) if repeat else []
-    return Case(task.family, head + ids(task.document), questions, answers, request, len(head))
+    return Case(task.family, head + body, questions, answers, request, len(head))
 
 
 def continuation_case(family: str, text_ids: list[int], tail: int, answer: int) -> Case:
@@ -52,16 +62,20 @@ def continuation_case(family: str, text_ids: list[int], tail: int, answer: int) 
     return Case(family, text_ids[: end - tail], [text_ids[end - tail : end]], [text_ids[end:]], [], 0)
 
 
-def _template(tokenizer) -> tuple[str, str]:
-    """What the chat template puts before and after the user's text."""
+def chat_template(tokenizer) -> tuple[str, str, str]:
+    """What the chat template puts before and after the user's text, and between an answer and the next question."""
     if not tokenizer.chat_template:
-        return "", "\n"
+        return "", "\n", "\n\n"
     marker = "\x00user text\x00"
-    whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
-    )
+    user, answer = {"role": "user", "content": marker}, {"role": "assistant", "content": marker}
+    whole = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     before, _, after = whole.partition(marker)
-    return before, after
+    try:
+        turns = tokenizer.apply_chat_template([user, answer, user], tokenize=False, add_generation_prompt=True)
+        following = turns.split(marker)[2]
+    except Exception:  # templates raise what they like where they do not take two turns
+        following = "\n\n"
+    return before, after, following
 
 
 Generator = Callable[[random.Random, str], Task]  # (randomness, haystack) -> task

@@ -12,13 +12,27 @@ from sglang_metasoft.train.prepare import write_atomically
 NAME = "checkpoint.safetensors"
 
 
-def save(folder: Path, module: torch.nn.Module, optimiser: torch.optim.Optimizer, step: int, fingerprint: dict) -> None:
+def save(
+    folder: Path,
+    module: torch.nn.Module,
+    average: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    fingerprint: dict,
+) -> None:
     """Replace the last checkpoint.
+
+    Args:
+        average: of the module's weights over the steps.
 
     Raises:
         ValueError: it could not be written; the last one is as it was.
     """
-    tensors = {f"module.{name}": tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    tensors = {
+        f"{part}.{name}": tensor.detach().cpu().contiguous()
+        for part, owner in (("module", module), ("average", average))
+        for name, tensor in owner.state_dict().items()
+    }
     names = [name for name, _ in module.named_parameters()]
     parameters = dict(module.named_parameters())
     for name in names:
@@ -28,7 +42,13 @@ def save(folder: Path, module: torch.nn.Module, optimiser: torch.optim.Optimizer
     write_atomically(folder / NAME, lambda path: save_file(tensors, path, metadata=metadata))
 
 
-def restore(folder: Path, module: torch.nn.Module, optimiser: torch.optim.Optimizer, fingerprint: dict) -> int:
+def restore(
+    folder: Path,
+    module: torch.nn.Module,
+    average: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    fingerprint: dict,
+) -> int:
     """Load the last checkpoint, if there is one.
 
     Returns:
@@ -51,8 +71,8 @@ def restore(folder: Path, module: torch.nn.Module, optimiser: torch.optim.Optimi
     if different:
         details = ", ".join(f"{name} {a} there, {b} here" for name, (a, b) in different.items())
         raise ValueError(f"train output: {file} is of a run with other settings: {details}")
-    own = {k.removeprefix("module."): v for k, v in tensors.items() if k.startswith("module.")}
-    module.load_state_dict(own)
+    for part, owner in (("module.", module), ("average.", average)):
+        owner.load_state_dict({k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)})
     for name, parameter in module.named_parameters():
         start = f"optimiser.{name}."
         state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}

@@ -23,6 +23,7 @@ HELP = {
     "selector_steps": "steps of stage 2: library frozen",
     "batch": "contexts a step and process; every second one ends at a boundary",
     "learning_rate": "of the soft tokens; other parts have fixed shares of it",
+    "average": "decay of the exponential mean of the weights, which is what is kept; 0: the last weights",
     "orthogonality": "weight of the penalty on the library",
     "map_loss": "between the importance and the target map: kl, or squared (the paper's)",
     "lost_weight": "weight of the attention lost at a cut, beside the divergence",
@@ -143,7 +144,7 @@ def train(settings: TrainSettings) -> dict[str, float]:
 
     scores = trainer.run(curves, validate)
     if accelerator.is_main_process:
-        export(trainer.student, backbone, settings.output / "compressor")
+        export(trainer.result, backbone, settings.output / "compressor")
         curves.draw(settings.output / "compressor" / "curves.png")
         (settings.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
         print(f"compressor: {settings.output / 'compressor'}")

@@ -4,12 +4,16 @@ import math
 import random
 
 from sglang_metasoft.train.cases import Case, Task, continuation_case, to_case
-from sglang_metasoft.train.generators import GENERATORS
+from sglang_metasoft.train.generators import sentences_of
+from sglang_metasoft.train.mix import GENERATORS
+from sglang_metasoft.train.requests import EARLIER, code, is_code
 from sglang_metasoft.train.texts import Chat, HeldOut, passage
 
 CONTINUATION_SHARE = 0.10
 CHAT_SHARE = 0.35  # of the cases, where the data has chats
 LONG_SHARE = 0.10
+CHAT_TEMPLATE_SHARE = 0.85  # of the tasks; the others are plain text
+SECOND_TURN_SHARE = 0.2  # of those in a chat template: asked after an earlier question and its answer
 CHARS_PER_TOKEN = 4.2
 ATTEMPTS = 20
 
@@ -75,8 +79,12 @@ class Dataset:
             return continuation_case("continuation", ids, self.window, self.answer_tokens)
         names = list(GENERATORS)
         name = rng.choices(names, [GENERATORS[n][1] for n in names])[0]
-        task: Task = GENERATORS[name][0](rng, haystack)
-        return to_case(self.tokenizer, task, chat=rng.random() < 0.85, repeat=rng.random() < self.repeat_share)
+        task: Task = code(rng, haystack) if is_code(haystack) else GENERATORS[name][0](rng, haystack)
+        chat = rng.random() < CHAT_TEMPLATE_SHARE
+        earlier = None
+        if chat and rng.random() < SECOND_TURN_SHARE:
+            earlier = rng.choice(EARLIER), rng.choice(sentences_of(haystack) or [haystack])
+        return to_case(self.tokenizer, task, chat=chat, repeat=rng.random() < self.repeat_share, earlier=earlier)
 
     def _chat(self, rng: random.Random) -> Case | None:
         """A conversation up to its last user message, which is the question; the model itself answers."""

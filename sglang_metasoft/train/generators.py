@@ -1,5 +1,7 @@
-"""Built-in tasks: look-ups, copying, gaps, rewriting. Whole families of tasks are left out, to be tested unseen:
-tracing of variables, counting, question answering, summaries, code, classification and chat.
+"""Built-in tasks with an answer that is known: look-ups, copying, gaps; :mod:`sglang_metasoft.train.requests` has those
+that the model answers itself. Left out, to be tested unseen: tracing of variables, counting and code completion.
+
+No sentence, question or filler is taken from a benchmark (``tests/train/test_wording.py`` compares).
 """
 
 import json
@@ -7,7 +9,7 @@ import random
 import re
 import uuid
 
-from sglang_metasoft.train.cases import RESPONSE, Generator, Task
+from sglang_metasoft.train.cases import RESPONSE, Task
 from sglang_metasoft.train.words import ADJECTIVES, FILLERS, JOBS, NAMES, NOUNS, PLACES
 
 QUESTIONS = 4
@@ -35,9 +37,6 @@ def _value(rng: random.Random, kind: str) -> str:
 KINDS = ("number", "number", "uuid", "word", "code")
 # (sentence, question, start of the answer); {k} key, {v} value, {t} kind of value
 NEEDLES = (
-    ("One of the special magic {t}s for {k} is: {v}.",
-     "What is the special magic {t} for {k} mentioned in the provided text?",
-     "The special magic {t} for {k} mentioned in the provided text is"),
     ("The secret {t} of the {k} is {v}.", "What is the secret {t} of the {k}?", "The secret {t} of the {k} is"),
     ("Remember this: {k} has the {t} {v}.", "Which {t} does {k} have?", "{k} has the {t}"),
     ("The {t} assigned to {k} is {v}.", "Tell me the {t} that was assigned to {k}.", "The {t} assigned to {k} is"),
@@ -46,11 +45,13 @@ NEEDLES = (
      "The {k} was registered under"),
     ("({k}: {v})", "The text has a note in brackets about {k}. What does it say?", "{k}:"),
     ("{v} is the {t} that belongs to {k}.", "Find the {t} that belongs to {k}.", "The {t} that belongs to {k} is"),
+    ("Among the {t}s kept for {k} there is {v}.", "Name the {t} kept for {k}.", "For {k} there is"),
+    ("{k}, {t} {v}, was seen again later.", "With which {t} was {k} seen?", "{k} was seen with the {t}"),
+    ("A label on the {k} reads {v}.", "What does the label on the {k} read?", "It reads"),
 )  # fmt: skip
 INTRODUCTIONS = (
-    "", "", "Some facts are hidden within the following text. Memorise them, they will be asked for later.\n\n",
-    "A special magic {t} is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {t} afterwards.\n",
+    "", "", "Somewhere below are a few notes with {t}s. You will be asked about one or more of them.\n\n",
+    "The pages that follow mention a {t} or several. Keep them in mind for a question at the end.\n",
     "Read this document carefully.\n\n", "Context:\n", "Document:\n\n",
 )  # fmt: skip
 CLOSINGS = ("", "", "", " Answer briefly.", " Give the {t} only.", " Use the text above.")
@@ -83,7 +84,7 @@ def needles(rng: random.Random, haystack: str) -> Task:
         ask = question.format(k=key, t=named) + rng.choice(CLOSINGS).format(t=named)
         answer = " " + ", ".join(values[key])
         if len(values[key]) > 1:
-            ask = f"What are all the {named}s for {key} in the text?" + rng.choice(CLOSINGS).format(t=named)
+            ask = f"List every {named} that the text gives for {key}." + rng.choice(CLOSINGS).format(t=named)
             questions.append((ask + RESPONSE + f"The {named}s for {key} are", answer + "."))
         elif rng.random() < 0.6:
             questions.append((ask + RESPONSE + start.format(k=key, t=named), answer + "."))
@@ -155,7 +156,7 @@ def pairs(rng: random.Random, haystack: str) -> Task:
 
 def copying(rng: random.Random, haystack: str) -> Task:
     """Repeat the sentence or passage that begins with some words."""
-    sentences = [s for s in _sentences(haystack) if 60 < len(s) < 400]
+    sentences = [s for s in sentences_of(haystack) if 60 < len(s) < 400]
     questions = []
     for sentence in rng.sample(sentences, min(QUESTIONS, len(sentences))):
         words = sentence.split()
@@ -173,7 +174,7 @@ def copying(rng: random.Random, haystack: str) -> Task:
 
 def gaps(rng: random.Random, haystack: str) -> Task:
     """Fill the blank in a sentence of the text."""
-    sentences = [s for s in _sentences(haystack) if 60 < len(s) < 250]
+    sentences = [s for s in sentences_of(haystack) if 60 < len(s) < 250]
     questions = []
     for sentence in rng.sample(sentences, min(QUESTIONS, len(sentences))):
         words = sentence.split()
@@ -186,41 +187,13 @@ def gaps(rng: random.Random, haystack: str) -> Task:
     return Task("gaps", haystack, questions or [("Repeat the beginning of the text.", haystack[:200])])
 
 
-def instructions(rng: random.Random, haystack: str) -> Task:
-    """Open requests about the text, answered by the model itself."""
-    names = list(dict.fromkeys(re.findall(r"(?<=[a-z,] )[A-Z][a-z]{3,}(?: [A-Z][a-z]+)?", haystack))) or ["the author"]
-    sentences = [s for s in _sentences(haystack) if 60 < len(s) < 250] or [haystack[:200]]
-    start = " ".join(rng.choice(sentences).split()[:5])
-    choices = [
-        f"Write a short letter to a friend that mentions {rng.choice(names)}, based on the text.",
-        f'Rewrite the passage that begins with "{start}" in simple words.',
-        f"Quote what the text says about {rng.choice(names)}.",
-        f"Write a headline and a first sentence for a newspaper story about {rng.choice(names)} from this text.",
-        "Write the paragraph that could follow this text.",
-        "List names and places that appear in the text.",
-        f"Write three facts from the text about {rng.choice(names)}.",
-        "Who wrote this, and for whom? Give reasons from the text.",
-    ]
-    return Task("instructions", haystack, [(choice, None) for choice in rng.sample(choices, 3)])
-
-
 def scatter(rng: random.Random, haystack: str, facts: list[str]) -> str:
     """Insert facts between sentences, at random depths."""
-    sentences = _sentences(haystack)
+    sentences = sentences_of(haystack)
     for fact in facts:
         sentences.insert(rng.randrange(len(sentences) + 1), fact)
     return " ".join(sentences)
 
 
-def _sentences(text: str) -> list[str]:
+def sentences_of(text: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?])\s+", text) if part]
-
-
-GENERATORS: dict[str, tuple[Generator, float]] = {  # with shares of the mix
-    "needles": (needles, 0.35),
-    "records": (records, 0.12),
-    "pairs": (pairs, 0.15),
-    "copying": (copying, 0.13),
-    "gaps": (gaps, 0.12),
-    "instructions": (instructions, 0.08),
-}

@@ -1,9 +1,9 @@
 """``key_bias`` with gradients: repeats stand back in the ranking, and what stays of a kind carries the rest."""
 
 import torch
-from metasoft_kernels.merge.key_bias import LARGEST_BIAS
+from metasoft_kernels.bias.naive import LARGEST_BIAS
+from metasoft_kernels.repeats.naive import rank_among_repeats
 
-from sglang_metasoft.consolidations.repeats import rank_among_repeats
 from sglang_metasoft.train.objective import CUT_FLOOR, log_share_dropped, without_sinks
 from sglang_metasoft.train.prepare import SINKS
 

@@ -57,7 +57,7 @@ class Prepared:
             span_ids=torch.tensor(ids[:span]),
             last_ids=torch.tensor(ids[span:]),
             at_boundary=False,
-            target=self.tensors[f"answered.{number}"][..., :span],
+            target=self.tensors[f"answered.{number}"][..., :span].float(),
             answers=[([], self.answers[number])],
         )
 
@@ -88,7 +88,7 @@ SINKS = 4
 
 def _share(attention: torch.Tensor) -> torch.Tensor:
     """Without the sinks, which stay anyway, and summing to one."""
-    attention = attention.clone()
+    attention = attention.float().clone()
     attention[..., :SINKS] = 0
     return attention / attention.sum(-1, keepdim=True).clamp_min(1e-12)
 
@@ -98,11 +98,13 @@ def prepare(backbone: Backbone, case: Case, max_answer_tokens: int) -> Prepared:
     """Run the model over a case; answers that the case leaves open are generated greedily."""
     prefix = Layers.of(backbone.prefill(case.prefix).layers)
     length = len(case.prefix)
-    tensors = {"keys": _stacked(prefix, 0), "values": _stacked(prefix, 1)}
+    tensors = _entries(prefix, "")
     answers = []
+    open_questions = [q for q, answer in zip(case.questions, case.answers, strict=True) if answer is None]
+    own = iter(backbone.answers(prefix, open_questions, max_answer_tokens) if open_questions else ())
     for number, (question, answer) in enumerate(zip(case.questions, case.answers, strict=True)):
         if answer is None:
-            answer = backbone.answer(prefix, question, max_answer_tokens)
+            answer = before_loop(next(own))
         answer = answer[:max_answer_tokens] or [backbone.tokenizer.eos_token_id]
         answers.append(answer)
         rows = question + answer[:-1]
@@ -110,33 +112,59 @@ def prepare(backbone: Backbone, case: Case, max_answer_tokens: int) -> Prepared:
         watch = Watch(length, torch.stack([asked, ~asked]))
         _, seen = backbone.rows(backbone.tensor(rows), prefix, watch)
         end = length + len(question)
-        maps = torch.stack(watch.means)[..., :end]  # [layers, 2, G, C + q]
+        maps = torch.stack(watch.means)[..., :end].to(torch.bfloat16)  # [layers, 2, G, C + q]
         tensors |= {f"asked.{number}": maps[:, 0], f"answered.{number}": maps[:, 1]}
-        tail = Layers((k[:, length:end], v[:, length:end]) for k, v in seen)
-        tensors |= {f"keys.{number}": _stacked(tail, 0), f"values.{number}": _stacked(tail, 1)}
+        tensors |= _entries(Layers((k[:, length:end], v[:, length:end]) for k, v in seen), f".{number}")
     if case.repeat_request:
         rows = case.repeat_request + case.prefix[case.repeat_from :]
         marked = torch.arange(len(rows), device=backbone.device) >= len(case.repeat_request)
         watch = Watch(length, marked[None], maximum=True)
         backbone.rows(backbone.tensor(rows), prefix, watch)
-        tensors["repeated"] = torch.stack(watch.maxima)
+        tensors["repeated"] = torch.stack(watch.maxima).to(torch.bfloat16)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
     return Prepared(case, tensors, answers)
 
 
-def _stacked(layers: Layers, which: int) -> torch.Tensor:
-    return torch.stack([layer[which] for layer in layers]).to(torch.bfloat16)
+def before_loop(ids: list[int], run: int = 4, times: int = 2) -> list[int]:
+    """An answer up to where it only repeats itself: where a run of ids comes for the second time in a row, or third."""
+    for period in range(1, 13):
+        least = max(period * times, period + run)
+        for end in range(least, len(ids) + 1):
+            start = end - least
+            if all(ids[n] == ids[n + period] for n in range(start, end - period)):
+                return ids[: start + period]
+    return ids
+
+
+def _entries(layers: Layers, suffix: str) -> dict[str, torch.Tensor]:
+    keys, values = (torch.stack([layer[which].cpu() for layer in layers]).to(torch.bfloat16) for which in (0, 1))
+    return {f"keys{suffix}": keys.contiguous(), f"values{suffix}": values.contiguous()}
+
+
+@torch.no_grad()
+def compute_entries(backbone: Backbone, case: Case) -> dict[str, torch.Tensor]:
+    """The keys and values of a prepared case, computed again: a prefill, in place of 2 layers G d 2 bytes a token."""
+    prefix = Layers.of(backbone.prefill(case.prefix).layers)
+    length, tensors = len(case.prefix), _entries(prefix, "")
+    for number, question in enumerate(case.questions):
+        _, seen = backbone.rows(backbone.tensor(question), prefix)
+        tensors |= _entries(Layers((k[:, length:], v[:, length:]) for k, v in seen), f".{number}")
+    return tensors
 
 
 class Store:
     """Prepared cases on disk, under the digest of the case: one file each, written whole or not at all.
 
+    Args:
+        keeps_entries: write keys and values too; else only answers and attention maps, and they are computed again.
+
     Raises:
         ValueError: the disk is full or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, backbone: Backbone, max_answer_tokens: int) -> None:
+    def __init__(self, folder: Path, backbone: Backbone, max_answer_tokens: int, keeps_entries: bool = True) -> None:
         self.folder, self.backbone, self.max_answer_tokens = folder, backbone, max_answer_tokens
+        self.keeps_entries = keeps_entries
         check = backbone.embed(torch.arange(8, device=backbone.device)).float().sum().item()
         self.model = f"{backbone.shape} {check:.6g} {max_answer_tokens}"
 
@@ -151,10 +179,14 @@ class Store:
             prepared = prepare(self.backbone, case, self.max_answer_tokens)
             tensors = dict(prepared.tensors)
             tensors |= {f"answer.{n}": torch.tensor(answer) for n, answer in enumerate(prepared.answers)}
+            if not self.keeps_entries:
+                tensors = {name: t for name, t in tensors.items() if not name.startswith(("keys", "values"))}
             write_atomically(file, lambda path: save_file(tensors, path))
             return prepared
         tensors = load_file(file)
         answers = [tensors.pop(f"answer.{n}").tolist() for n in range(len(case.questions))]
+        if "keys" not in tensors:
+            tensors |= compute_entries(self.backbone, case)
         return Prepared(case, tensors, answers)
 
 
@@ -167,7 +199,10 @@ def write_atomically(file: Path, write) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors writes for the owner alone
         write(temporary)
+        temporary.chmod(mode)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(file)

@@ -42,6 +42,7 @@ class TrainSettings:
     selector_steps: int = 60  # library frozen
     batch: int = 2  # contexts a step and process; every second one ends at a boundary
     learning_rate: float = 0.02
+    average: float = 0.99  # of the weights over the steps: decay of an exponential mean; 0: the last step's weights
     orthogonality: float = 0.05
     map_loss: str = "kl"  # between target and importance; squared: the paper's
     lost_weight: float = 1.0  # of the attention lost at a cut, beside the divergence
@@ -75,6 +76,8 @@ class TrainSettings:
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"train {name}: {getattr(self, name)!r} is not allowed; allowed: at least {low}")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"train average: {self.average!r} is not allowed; allowed: from 0 to below 1")
         for ratio in self.ratios or [None]:
             if ratio is None or not 1 < ratio < float("inf"):
                 raise ValueError(f"train ratios: {ratio!r} is not allowed; allowed: one number above 1, or several")

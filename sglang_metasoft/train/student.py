@@ -1,9 +1,9 @@
 """What is trained: soft tokens and entry scorer (metasoft), or static soft tokens (judge_q)."""
 
 import torch
+from metasoft_kernels.refine.naive import MASS_FLOOR, features
 from torch import nn
 
-from sglang_metasoft.compressor.entry_scorer import MASS_FLOOR
 from sglang_metasoft.compressor.soft_tokens import LIBRARY_ROWS, TAIL_TOKENS, SoftTokens
 from sglang_metasoft.compressor.static_tokens import StaticTokens
 from sglang_metasoft.train.attention import Probing
@@ -92,7 +92,7 @@ class MetaSoftStudent(Student):
             return
         sums, squares, count = torch.zeros(()), torch.zeros(()), 0
         for context in contexts:
-            x = self.soft.scorer.features(self.probe(backbone, context), *entries(context, backbone))
+            x = features(self.probe(backbone, context), *entries(context, backbone))
             sums, squares, count = sums + x.sum(-2), squares + x.square().sum(-2), count + x.shape[-2]
         mean = sums / count
         deviation = (squares / count - mean.square()).clamp_min(0).sqrt()

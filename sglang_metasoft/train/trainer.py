@@ -4,6 +4,7 @@ import random
 
 import torch
 from accelerate import Accelerator
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from sglang_metasoft.consolidations.repeats import find_repeats
@@ -45,9 +46,17 @@ class Trainer:
         self.accelerator = accelerator
         self.student = self._create_student().to(backbone.device)
         self.optimiser = torch.optim.Adam(self._groups())
-        self.step = checkpoint.restore(settings.output, self.student, self.optimiser, settings.fingerprint())
+        self.average = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
+        self.step = checkpoint.restore(
+            settings.output, self.student, self.average, self.optimiser, settings.fingerprint()
+        )
         for group in self.optimiser.param_groups:
             group.setdefault("full", group["lr"])
+
+    @property
+    def result(self) -> Student:
+        """What the run is for: the mean of the weights over its last steps."""
+        return self.average.module
 
     def _create_student(self) -> Student:
         s = self.settings
@@ -95,6 +104,7 @@ class Trainer:
         if self.step == 0 and isinstance(self.student, MetaSoftStudent) and not s.init:
             contexts = [self._context(n, n % 2 == 1) for n in range(min(CALIBRATION_CONTEXTS, s.cases))]
             self.student.calibrate(self.backbone, contexts, s.seed)
+            self.average.module.load_state_dict(self.student.state_dict())
         bar = tqdm(total=s.total_steps, initial=self.step, disable=not main, desc="training", unit="step")
         while self.step < s.total_steps:
             values = self._train_step(self.step)
@@ -104,13 +114,13 @@ class Trainer:
             bar.set_postfix(loss=f"{curves.smooth('divergence'):.3f}", lost=f"{curves.smooth('lost'):.3f}")
             at_end = self.step == s.total_steps
             if main and (at_end or self.step % s.checkpoint_every == 0):
-                checkpoint.save(s.output, self.student, self.optimiser, self.step, s.fingerprint())
+                checkpoint.save(s.output, self.student, self.average, self.optimiser, self.step, s.fingerprint())
             if main and (at_end or self.step % s.validate_every == 0):
-                scores = validate(self.student)
+                scores = validate(self.result)
                 curves.add(self.step, scores)
         bar.close()
         if main and not scores:  # a finished run, started again
-            scores = validate(self.student)
+            scores = validate(self.result)
         return scores
 
     def _train_step(self, step: int) -> dict[str, float]:
@@ -149,6 +159,8 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(group["params"], GRADIENT_LIMIT)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+        if step >= WARM_UP_STEPS:
+            self.average.update_parameters(self.student)
         return sums
 
     def _losses(self, context: Context, ratio: float, noise, rng) -> dict[str, tuple[float, torch.Tensor]]:

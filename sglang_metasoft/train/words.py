@@ -36,5 +36,5 @@ FILLERS = (
     "Nothing much happened that afternoon. People came and went. The kettle boiled and was set aside. ",
     "Rain falls on the roof. Leaves move in the wind. The river keeps its course. And so it goes on. ",
     "One day follows another. The birds return each spring. A door opens somewhere and closes again. ",
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ",
+    "Trams run along the quay until midnight. After that one walks, or waits for the milk cart. ",
 )

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sglang_metasoft.bench import report
+from sglang_metasoft.bench import result_file, tables
 from sglang_metasoft.bench.command import main
 from sglang_metasoft.bench.run import check, run_all
 from sglang_metasoft.bench.workloads import WORKLOADS, Size
@@ -64,10 +64,10 @@ def test_the_table_compares_what_belongs_together(tmp_path):
             record("metasoft", peak_running=15, output_tokens_per_second=0.0),
         ],
     }
-    text = report.table(result)
+    text = tables.table(result)
     assert "4 → 15 (**3.75×**)" in text and "10.0 → 0.0 (**0.00×**)" in text
     assert "one-by-one" not in text  # its twin was not measured
-    report.plot(result, tmp_path / "plot.png")
+    tables.plot(result, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
@@ -82,7 +82,7 @@ def test_rounds_are_told_as_medians_with_their_spread():
             record(system, peak_running=4, output_tokens_per_second=speed, round=turn) for system, speed, turn in speeds
         ],
     }
-    assert "20.0 → 11.0 (**0.55×**, 0.55 to 1.10)" in report.table(result)
+    assert "20.0 → 11.0 (**0.55×**, 0.55 to 1.10)" in tables.table(result)
 
 
 def test_no_round_is_refused():
@@ -101,7 +101,7 @@ def test_a_small_run_measures_both_servers(model_dir, tmp_path):
     flags = ["--metasoft-during-prefill", "--metasoft-min-tokens", "128"]
     result = run_all(model_dir, SIZE, ["tight"], names, flags, ["--chunked-prefill-size", "256"])
     json.dumps(result)
-    by_name = {plain["workload"]: (plain, metasoft) for plain, metasoft in report.pairs(result)}
+    by_name = {plain["workload"]: (plain, metasoft) for plain, metasoft in tables.pairs(result)}
     assert list(by_name) == names
     for plain, metasoft in by_name.values():
         assert plain["completed"] == metasoft["completed"] > 0
@@ -110,3 +110,11 @@ def test_a_small_run_measures_both_servers(model_dir, tmp_path):
     assert metasoft["saved_slots"] >= 4 * (600 - 64) * 0.6
     assert by_name["short-prompts"][1]["saved_slots"] == 0
     assert by_name["shared-document"][1]["reused_tokens"] > 0
+
+
+def test_a_kept_result_says_how_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmarks/memory.py", "--new-tokens", "160"])
+    result_file.write(tmp_path / "new" / "memory.json", {"plain": 4})
+    kept = json.loads((tmp_path / "new" / "memory.json").read_text())
+    assert kept["command"] == "python benchmarks/memory.py --new-tokens 160" and kept["result"] == {"plain": 4}
+    assert {"cpu", "accelerator", "sglang", "torch", "date"} <= set(kept["machine"])

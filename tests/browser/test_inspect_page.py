@@ -10,7 +10,7 @@ import torch
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.inspect import inspection as inspections
 from sglang_metasoft.inspect.command import main
-from sglang_metasoft.inspect.model import Answer
+from sglang_metasoft.inspect.inspected_model import Answer
 from sglang_metasoft.inspect.page import render
 from sglang_metasoft.inspect.prompt import InspectedPrompt
 from sglang_metasoft.pipeline.plan import plan_span
@@ -35,6 +35,7 @@ def page_file(model_dir, document, tmp_path_factory):
     output = folder / "page.html"
     argv = [str(folder / "text.txt"), "--question", "What is asked for?", "--model-path", str(model_dir)]
     argv += ["--output", str(output), "--ratios", "2,4", "--max-new-tokens", "8"]
+    argv += ["--metasoft-config", json.dumps({"consolidation": "attention_flow"})]  # values flow, which is shown
     assert main(argv) == 0
     return output
 

@@ -98,7 +98,7 @@ def main() -> int:
     first = random.SystemRandom().randrange(10**9) if args.seed is None else args.seed
     variant = args.variant or sorted(VARIANTS)[first % len(VARIANTS)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the servers are stopped too
-    model = make_first_layers(demo_model.prepare(DEMO_FOLDER / "SmolLM2-135M-Instruct"))
+    model = make_first_layers(demo_model.prepare(DEMO_FOLDER / demo_model.NAME))
     tokenizer = AutoTokenizer.from_pretrained(model)
     document_ids = tokenizer(DOCUMENT.read_text())["input_ids"]
     folder = Path(tempfile.mkdtemp())

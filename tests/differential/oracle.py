@@ -1,8 +1,8 @@
 """Plain SGLang's answer against ours.
 
 At ratio 1, and wherever a request was served uncompressed, all of the JSON must be equal, but for ids, times and
-what only we report. With entries dropped: status, errors, prompt tokens, and lengths and finish reasons where they are
-fixed.
+what only we report. With entries dropped: status, prompt tokens, and lengths and finish reasons where they are
+fixed. Of what both refuse the status alone.
 """
 
 import json
@@ -49,12 +49,15 @@ def is_repeatable(step: dict, plain: Outcome) -> bool:
     return plain.status == 200 and not disturbs(step) and not changes and step.get("method") != "GET"
 
 
-def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_free: bool) -> list[str]:
+def differences(
+    step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_free: bool, has_twins: bool = True
+) -> list[str]:
     """In words, what of our outcome is not as it must be.
 
     Args:
         keeps_all: of a server at ratio 1.
         is_timing_free: what the trees hold follows from the program alone, so that cached tokens can be compared.
+        has_twins: of a server that keeps the raw entries of a first segment beside the compressed ones.
     """
     if step.get("ours_only"):
         return [] if 400 <= ours.status < 500 else [f"HTTP {ours.status}, not refused: {shortened(ours.body)}"]
@@ -64,13 +67,11 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
         return []
     if plain.status != ours.status:
         return [f"HTTP {ours.status}, plain {plain.status}: {shortened(ours.body)}"]
-    if step["path"] in SHOWN_ONLY:
-        return []
+    if plain.status != 200 or step["path"] in SHOWN_ONLY:
+        return []  # of two reasons to refuse a request, ours may come first
     volatile = VOLATILE | (OUTPUT_LOGPROBS if sampling_of(ours.sent).get("max_new_tokens") == 0 else set())
     theirs, own = normalized(plain.body, volatile), normalized(ours.body, volatile)
-    cached_slack = cached_slack_of(step, ours) if is_timing_free else None
-    if plain.status != 200:
-        return unequal(theirs, own, None)
+    cached_slack = cached_slack_of(step, ours, has_twins) if is_timing_free else None
     is_same_prompt = plain.sent == ours.sent
     is_raw = is_same_prompt and ours.headers.get("x-metasoft-span-tokens") == "0"
     if is_greedy(ours.sent) and (keeps_all and keeps_every_entry(step, ours.sent) or is_raw):
@@ -86,14 +87,14 @@ def differences(step, plain: Outcome, ours: Outcome, keeps_all: bool, is_timing_
     return found
 
 
-def cached_slack_of(step: dict, ours: Outcome) -> float:
+def cached_slack_of(step: dict, ours: Outcome, has_twins: bool) -> float:
     """By how many tokens ours may find less in the tree than plain SGLang does.
 
-    A window's raw entries are found by those alone who use the prefix before it; who stays raw, or has another ratio,
-    finds the raw twins of first segments, or nothing.
+    A window's raw entries are found by those alone who use the prefix before it; who stays raw, has another ratio, or
+    leaves the earlier prompt within its window, finds the raw twins of first segments, or nothing.
     """
     is_raw = "x-metasoft-bypass" in ours.headers
-    return WINDOW + 2 * PAGE if keeps_every_entry(step, ours.sent) and not is_raw else math.inf
+    return WINDOW + 2 * PAGE if has_twins and keeps_every_entry(step, ours.sent) and not is_raw else math.inf
 
 
 def options_of(step: dict, sent: dict) -> set[str]:

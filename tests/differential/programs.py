@@ -69,7 +69,9 @@ class Run:
             self.counts[meta.get("metasoft_bypass", "compressed")] += 1
             self.counts["reused"] += meta.get("metasoft_reused_tokens", 0) > 0
         for name in Fleet.NAMES[1:]:
-            found = oracle.differences(step, result["plain"], result[name], name == "ratio 1", self.is_timing_free)
+            found = oracle.differences(
+                step, result["plain"], result[name], name == "ratio 1", self.is_timing_free, self.fleet.has_twins
+            )
             if found and self._is_confirmed(step, result["plain"], found):
                 sent = oracle.shortened(result[name].sent)
                 self.problems.append(f"{name}: {step['path']} {sent}\n  " + "\n  ".join(found[:12]))

@@ -14,7 +14,7 @@ from sglang_metasoft.local_server import Server
 from tests.differential.streams import read_stream
 from tests.lora_adapters import write_adapter
 from tests.server import forked
-from tests.server.checks import inside_env, inside_lines
+from tests.server.checks import SOFT_TOKENS, inside_env, inside_lines
 
 POOL_TOKENS, MIN_TOKENS, WINDOW = 8192, 64, 32
 TIMEOUT_SECONDS = 240
@@ -22,7 +22,7 @@ COMMON = (
     "--dtype", "float32", "--max-total-tokens", str(POOL_TOKENS), "--max-running-requests", "16", "--random-seed", "1",
     "--served-model-name", "m", "--enable-cache-report", "--tool-call-parser", "qwen25", "--sleep-on-idle",
 )  # fmt: skip
-OURS = ("--enable-metasoft", "--metasoft-min-tokens", str(MIN_TOKENS), "--metasoft-window", str(WINDOW))
+OURS = (*SOFT_TOKENS, "--metasoft-min-tokens", str(MIN_TOKENS), "--metasoft-window", str(WINDOW))
 ADAPTER = "A"
 CHUNKS = ("--chunked-prefill-size", "256", "--enable-mixed-chunk")
 PAGES = ("--page-size", "16")
@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "lora": ((*CHUNKS, "--lora-backend", "torch_native", "--max-loras-per-batch", "2", "--lora-paths", ADAPTER), ()),
     "priority": (("--enable-priority-scheduling", "--disable-overlap-schedule"), ("--no-metasoft-keep-raw",)),
 }
+TWINLESS = {"--metasoft-during-prefill", "--no-metasoft-keep-raw"}
 SESSIONS = ("s0", "s1")
 
 
@@ -61,6 +62,7 @@ class Fleet:
     def __init__(self, model: Path, folder: Path, variant: str) -> None:
         common, ours = VARIANTS[variant]
         self.model, self.folder = model, folder
+        self.has_twins = not TWINLESS & set(ours)
         if ADAPTER in common:
             adapter = write_adapter(folder / "adapter", AutoModelForCausalLM.from_pretrained(model), 1, size=0.06)
             common = [f"{ADAPTER}={adapter}" if flag == ADAPTER else flag for flag in common]

@@ -62,9 +62,27 @@ def test_what_was_served_raw_must_be_equal_at_any_ratio():
     assert not found("output_ids", [7, 8], keeps_all=False, metasoft_bypass="too_short")
 
 
+def test_without_raw_twins_less_may_be_cached_and_never_more():
+    def differs(tokens: int) -> bool:
+        body = copy.deepcopy(ANSWER)
+        body["meta_info"]["cached_tokens"] = tokens
+        return bool(
+            differences(STEP, Outcome(200, ANSWER, SENT), Outcome(200, body, SENT), True, True, has_twins=False)
+        )
+
+    assert not differs(0) and differs(201)
+
+
 @pytest.mark.parametrize(("plain", "ours", "is_wrong"), [(200, 500, True), (400, 200, True), (500, 400, False)])
 def test_status(plain, ours, is_wrong):
     assert bool(differences(STEP, Outcome(plain, {}, SENT), Outcome(ours, {}, SENT), True, True)) == is_wrong
+
+
+def test_two_reasons_to_refuse_a_request_may_be_told_in_either_order():
+    step = {"path": "/generate", "body": SENT | {"input_embeds": [[0.1]]}}
+    plain, ours = ({"error": {"message": words}} for words in ("input_embeds are off", "n: -1 is not allowed"))
+    assert not differences(step, Outcome(400, plain, SENT), Outcome(400, ours, SENT), True, True)
+    assert differences(step, Outcome(400, plain, SENT), Outcome(422, ours, SENT), True, True)
 
 
 def test_how_a_stream_was_cut_does_not_matter():

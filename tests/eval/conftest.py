@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from sglang_metasoft.eval.data import Sources
+from sglang_metasoft.eval.data import FETCHERS, Sources
 from sglang_metasoft.eval.tasks.longbench import TREC_NAMES
+from sglang_metasoft.eval.tasks.natural import LICENSES
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +36,14 @@ def data_folder(document, tmp_path_factory):
     (folder / "trec.txt").write_text("\n".join(lines))
     code = "\n".join(f"def function_{n}(argument):\n    return argument + {n}" for n in range(60))
     (folder / "code.json").write_text(json.dumps([code] * 3))
+    titles = {"licenses": sorted(set().union(*LICENSES.values())), "coqa": ["race", "gutenberg"] * 4}
+    for name in FETCHERS:
+        if not (folder / name).exists():
+            # Each a text of its own: the document from another place on.
+            listed = titles.get(name.removesuffix(".json"), [f"part {n}" for n in range(8)])
+            starts = [rng.randrange(len(document)) for _ in listed]
+            texts = [[title, document[at:] + document[:at]] for title, at in zip(listed, starts, strict=True)]
+            (folder / name).write_text(json.dumps(texts))
     return folder
 
 

@@ -1,8 +1,13 @@
 """The compressor that ships, served: it finds needles, and the in-process runner gives the same answers, in float32."""
 
+import json
+from pathlib import Path
+
 import pytest
+import requests
 
 from sglang_metasoft.cli import main
+from sglang_metasoft.compressor.files import SHIPPED
 from sglang_metasoft.eval.records import read_records
 from tests.eval.answers import assert_same_answers, by_key
 
@@ -25,7 +30,8 @@ def model_dir(full_model_dir):
 @pytest.fixture(scope="module")
 def answers(start_server, model_dir, data_folder, tmp_path_factory):
     """Of the server and of the in-process runner, by task, index, turn, mode and method."""
-    server = start_server("--dtype", "float32", "--enable-metasoft", "--metasoft-path", COMPRESSOR)
+    server = start_server("--dtype", "float32", "--enable-metasoft", "--enable-metrics")
+    assert_found_by_itself(server)
     method = f"metasoft@{COMPRESSOR}"
     found = []
     for command, runs in (
@@ -38,6 +44,17 @@ def answers(start_server, model_dir, data_folder, tmp_path_factory):
                          "--data", str(data_folder), "--output", str(path)]) == 0  # fmt: skip
         found.append(by_key([record for record in read_records(path) if record["ratio"] == RATIO]))  # hf: 1 too
     return found
+
+
+def assert_found_by_itself(server) -> None:
+    """The flag alone serves it, and the server says so: in its log, at ``/server_info``, and as a metric."""
+    state = server.info()["internal_states"][0]["metasoft"]["compressor"]
+    assert state["kind"] == "shipped" and Path(state["path"]).name == COMPRESSOR
+    kept = json.loads((SHIPPED / COMPRESSOR / "config.json").read_text())["report"]["kept"]
+    assert state["kept"] == kept
+    log = server.log.read_text()
+    assert f"shipped compressor {state['path']} for metasoft" in log and "lies above all that the report" in log
+    assert 'kind="shipped",method="metasoft"' in requests.get(f"{server.url}/metrics", timeout=60).text
 
 
 def test_five_of_six_needles_are_found_at_4x(answers):

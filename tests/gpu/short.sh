@@ -12,8 +12,11 @@ export OMP_NUM_THREADS=4 PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 check() { # NAME, pytest's -k
     (timeout -s INT "$seconds" python3 -m pytest tests/gpu -s -v -k "$2" --durations 5; echo "exit code $?") >"$logs/$1.log" 2>&1 &
 }
-check plans "sleeping_stream"
+# Never run on a GPU: the kernels of the shipped path, alone first, then in servers, whose logs say what the warm-up took.
+OMP_NUM_THREADS=1 timeout -s INT 200 python3 -m pytest tests/kernels/refine tests/kernels/repeats tests/kernels/bias \
+    tests/kernels/move tests/kernels/test_batch.py -n 8 -q -k "not 1000-8 and not 4097-8" | tail -20 | tee "$logs/shipped-kernels.log"
 check key-bias "key_bias"
+check plans "sleeping_stream"
 check flashinfer-1 "flashinfer and not 16 and not fp8 and not key_bias and not slots_that"
 check triton-1 "triton and not 16 and not fp8 and not key_bias and not slots_that"
 check flashinfer-16 "flashinfer and 16"

@@ -23,13 +23,13 @@ from triton.compiler import ASTSource
 from tests.kernels.launches import Launch, record
 from tests.kernels.layer import launch_a_layer
 
-CAPABILITIES = (80, 90)
+CAPABILITIES = (80, 90, 100)
 # Shared memory that one block may take (CUDA programming guide, table of compute capabilities).
-SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv",
     torch.float8_e5m2: "*fp8e5", torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
-    torch.int8: "*i8",
+    torch.int8: "*i8", torch.int16: "*i16",
 }  # fmt: skip
 SHAPES = (  # query heads, KV heads, head size, model type, pool type
     (32, 8, 128, torch.bfloat16, torch.bfloat16),
@@ -41,6 +41,7 @@ SHAPES = (  # query heads, KV heads, head size, model type, pool type
     (8, 4, 256, torch.bfloat16, torch.bfloat16),
     (8, 4, 256, torch.float32, torch.float32),
 )
+PRODUCTS = {"tcgen05": "tcgen05.mma", "wgmma": "wgmma.mma", "mma": "mma.sync"}  # on tensor cores, in PTX
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -63,7 +64,9 @@ def source_of(launch: Launch) -> tuple[ASTSource, dict]:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = TYPES[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            is_aligned = value.storage_offset() * value.itemsize % 16 == 0  # as memory itself is
+            if is_aligned and not parameter.do_not_specialize_on_alignment:
+                attributes[(position,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         elif value == 1 and not parameter.do_not_specialize:
@@ -96,7 +99,7 @@ def compile_launch(launch: Launch, capability: int) -> dict:
         "local_bytes": int(re.search(r"LOCAL:(\d+)", usage)[1]) + int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared_bytes": compiled.metadata.shared,
         "threads": 32 * compiled.metadata.num_warps,
-        "tensor_core": "wgmma" if "wgmma.mma" in ptx else "mma" if "mma.sync" in ptx else "",
+        "tensor_core": next((name for name, words in PRODUCTS.items() if words in ptx), ""),
     }
 
 

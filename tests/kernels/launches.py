@@ -14,12 +14,14 @@ class Launch(NamedTuple):
     kwargs: dict
 
 
-def record(monkeypatch) -> list[Launch]:
-    """From here on launches are appended to the list that this returns."""
+def record(monkeypatch, holds_args: bool = True) -> list[Launch]:
+    """From here on launches are appended to the list that this returns; without their arguments, memory is let go."""
     launches = []
 
     def take(kernel, grid):
-        return lambda *args, **kwargs: launches.append(Launch(kernel, grid, args, kwargs))
+        return lambda *args, **kwargs: launches.append(
+            Launch(kernel, grid, args if holds_args else (), kwargs if holds_args else {})
+        )
 
     for owner in (KernelInterface, InterpretedFunction):
         monkeypatch.setattr(owner, "__getitem__", take)

@@ -1,16 +1,19 @@
 """All stages together: a ragged batch by fused kernels gives what torch gives job by job, pool included."""
 
+import itertools
+from types import SimpleNamespace
+
 import pytest
 import torch
-from metasoft_kernels.move import add_to_keys
-from metasoft_kernels.move import fused as move_kernels
 from metasoft_kernels.probe import fused as probe_kernels
 
+from sglang_metasoft.compressor.entry_scorer import EntryScorer
 from sglang_metasoft.config import CONSOLIDATIONS, MetaSoftConfig
 from sglang_metasoft.consolidations import load_consolidation
 from sglang_metasoft.consolidations.key_bias import KeyBiasInputs
-from sglang_metasoft.consolidations.repeats import find_repeats
+from sglang_metasoft.consolidations.repeats import Repeats
 from sglang_metasoft.methods import load_method
+from sglang_metasoft.pipeline import memory
 from sglang_metasoft.pipeline.batch import FusedBatch
 from sglang_metasoft.pipeline.layer import compress_layer
 from sglang_metasoft.types import Job, LayerPool, Plan, Probe
@@ -24,7 +27,17 @@ def make_method(name, consolidation, kernels):
     method = load_method(name).__new__(load_method(name))
     method.config = MetaSoftConfig(consolidation=consolidation, kernels=kernels, route_targets=3, route_band=30)
     method.shape, method.device = None, DEVICE
+    if name == "metasoft":
+        method.soft_tokens = SimpleNamespace(scorer=make_scorer())
     return method
+
+
+def make_scorer() -> EntryScorer:
+    """The same one for each call; its opinion weighs as much as the probe's."""
+    scorer, generator = EntryScorer(1, 3, 64, 16), torch.Generator().manual_seed(11)
+    for parameter in scorer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(DEVICE) / 5
+    return scorer.requires_grad_(False)
 
 
 def make_jobs(case, pool, biases_keys):
@@ -32,18 +45,22 @@ def make_jobs(case, pool, biases_keys):
     jobs, begin, new = [], 0, 0
     for span, kept in zip(SPANS, KEPT, strict=True):
         slots = pool.slots[begin : begin + span + WINDOW]
-        plan = Plan(0, span, kept, 2)
+        plan = Plan(0, span, kept, 2, ends_at_boundary=span == 64)
         probe = Probe(torch.empty(9 if span == 64 else 12, 1), slots.numel(), slots.numel())
         if biases_keys:
             ids = torch.arange(span, device=DEVICE) // 2 % 20
-            probe = probe._replace(consolidation_inputs=KeyBiasInputs(find_repeats(ids), randn(1, 3, 64)))
+            probe = probe._replace(consolidation_inputs=KeyBiasInputs(Repeats(ids), randn(1, 3, 64)))
         jobs.append(Job(plan, probe, slots, slots[:span], pool.free[new : new + kept]))
         begin, new = begin + span + WINDOW, new + kept
     return jobs
 
 
-@pytest.mark.parametrize("consolidation", [name for name in CONSOLIDATIONS if load_consolidation(name).is_fused])
-@pytest.mark.parametrize("name", ["judge_q", "snapkv"])  # the probe's attention alone, and a score of its own
+FUSED = [name for name in CONSOLIDATIONS if load_consolidation(name).is_fused]
+# The probe's attention alone, a score of its own, and an entry scorer, which has kernels with biased keys alone.
+PAIRS = [*itertools.product(["judge_q", "snapkv"], FUSED), ("metasoft", "none"), ("metasoft", "key_bias")]
+
+
+@pytest.mark.parametrize(("name", "consolidation"), PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
 def test_batch(name, consolidation, dtype):
     case = Case(0, 3, 2, 64, 16, dtype)
@@ -58,12 +75,7 @@ def test_batch(name, consolidation, dtype):
     batch = FusedBatch(jobs, method, probe_kernels.attend)
     out, consolidated, flags = batch.compress(q, k, v, layer, gate, 0)
     assert DEVICE == "cuda" or all(flag.item() for flag in flags)
-    move_kernels.move(
-        pool.key, pool.value, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values,
-        layer.value_scale,
-    )  # fmt: skip
-    if consolidated.key_moves is not None:
-        add_to_keys(pool.key, batch.new_slots, consolidated.key_moves, layer.key_scale)
+    batch.write(layer, consolidated)
     method = make_method(name, consolidation, "torch")
     tolerance = 1e-4 if dtype == torch.float32 else 0.05
     kept = batch.kept_of_jobs(consolidated)
@@ -80,3 +92,25 @@ def test_batch(name, consolidation, dtype):
             difference = (written - quantized.float())[:, same].abs()
             # In float8 an affinity's near tie sends an entry elsewhere, and a value rounds to its neighbour.
             assert (difference > tolerance).float().mean() < (1e-6 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("limit_bytes", [1, 13 * 2 * sum(SPANS) + 12 * 3 * sum(KEPT)], ids=["a head", "two heads"])
+@pytest.mark.parametrize("name", ["judge_q", "metasoft"])
+def test_heads_in_pieces_give_the_same(name, limit_bytes, monkeypatch):
+    """Where the workspace does not hold all heads: the same entries and the same bits."""
+    case = Case(0, 3, 2, 64, 1, torch.bfloat16)
+    pool = make_pool(case, [span + WINDOW for span in SPANS])
+    jobs, method = make_jobs(case, pool, True), make_method(name, "key_bias", "triton")
+    layer = LayerPool(pool.key, pool.value, 0.125, *case.scales)
+    rows = sum(job.probe.embeds.shape[0] for job in jobs)
+    q, k, v = (randn(rows, heads, 64, dtype=torch.bfloat16) for heads in (6, 3, 3))
+    found = []
+    for limit in (2**26, limit_bytes):
+        monkeypatch.setattr(memory, "WORKSPACE_BYTES", limit)
+        batch = FusedBatch(jobs, method, probe_kernels.attend)
+        assert memory.heads_at_once(3, batch.span.total, batch.kept.total) == {2**26: 3, 1: 1}.get(limit, 2)
+        _, consolidated, flags = batch.compress(q, k, v, layer, 1.0, 0)
+        assert len(flags) == (0 if DEVICE == "cuda" else len(jobs)) and all(flags)
+        found.append([consolidated.kept_rows, *consolidated.key_biases])
+    for whole, pieces in zip(*found, strict=True):
+        assert torch.equal(whole, pieces)

@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_80 and sm_90 without a GPU, and fits: the interpreter would not notice otherwise."""
+"""Every kernel compiles for sm_80, sm_90 and sm_100 without a GPU, and fits: the interpreter would not notice."""
 
 import json
 import os
@@ -10,9 +10,14 @@ import pytest
 
 from tests.kernels.compile_ahead import SHAPES, SHARED_LIMIT_BYTES
 
-KERNELS = {"attend_part", "merge_parts", "importance", "split_top", "route", "carry", "flow", "move"}
+SHIPPED = {
+    "attend_part", "attend_own", "merge_parts", "importance", "log_sums", "log_importance", "demote", "split_top",
+    "pass_on", "biases", "move_biased",
+}  # fmt: skip
+KERNELS = SHIPPED | {"route", "carry", "flow", "move"}
+PRODUCTS = ("attend_part", "attend_own", "importance", "route")  # on tensor cores
 # Bytes of a thread's local memory: more would be an accumulator that does not fit registers.
-LOCAL_LIMIT_BYTES = 128
+LOCAL_LIMIT_BYTES = {80: 128, 90: 128, 100: 192}
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,16 +34,24 @@ def compile_shape(number: int, *flags: str) -> list[dict]:
 def assert_fits(rows: list[dict]) -> None:
     for row in rows:
         assert row["shared_bytes"] <= SHARED_LIMIT_BYTES[row["sm"]], row
-        assert row["local_bytes"] <= LOCAL_LIMIT_BYTES, row
+        assert row["local_bytes"] <= LOCAL_LIMIT_BYTES[row["sm"]], row
 
 
 def test_a_layer_of_llama_8b():
-    rows = compile_shape(0)
+    rows = compile_shape(0, "--capabilities", "80", "90")
     assert {(row["kernel"], row["sm"]) for row in rows} == {(name, sm) for name in KERNELS for sm in (80, 90)}
     assert_fits(rows)
     for row in rows:
         expected = {80: "mma", 90: "wgmma"}[row["sm"]]
-        assert row["tensor_core"] == (expected if row["kernel"] in ("attend_part", "importance", "route") else ""), row
+        assert row["tensor_core"] == (expected if row["kernel"] in PRODUCTS else ""), row
+
+
+def test_the_shipped_path_on_blackwell():
+    rows = compile_shape(0, "--capabilities", "100", "--kernels", *SHIPPED)
+    assert {row["kernel"] for row in rows} == SHIPPED
+    assert_fits(rows)
+    for row in rows:
+        assert row["tensor_core"] == ("tcgen05" if row["kernel"] in PRODUCTS else ""), row
 
 
 @pytest.mark.parametrize("number", range(1, len(SHAPES)), ids=lambda number: "-".join(map(str, SHAPES[number])))

@@ -15,7 +15,8 @@ import pytest
 import sglang.srt.plugins as plugins
 from hypothesis import strategies as st
 
-from sglang_metasoft.config import RequestOptions, read_config_json
+from sglang_metasoft.config import read_config_json
+from sglang_metasoft.request_options import RequestOptions
 from tests.plugin.searching import EDGES, WORDS, edges, scalars, search, values
 
 plugins.load_plugins()
@@ -33,8 +34,8 @@ def is_name(value):
 
 
 KNOWN_METHODS = [
-    "metasoft", "judge_q", "snapkv", "h2o", "streaming_llm", "chunkkv", "q_filters", "kvcompose", "nestedkv",
-    "expected_attention",
+    "auto", "metasoft", "judge_q", "snapkv", "h2o", "streaming_llm", "chunkkv", "q_filters", "kvcompose", "nestedkv",
+    "expected_attention", "keydiff", "snapkv_keydiff", "random",
 ]  # fmt: skip
 KNOWN_CONSOLIDATIONS = ["none", "attention_flow", "key_bias", "zeromerge", "tome", "least_squares"]
 

@@ -136,9 +136,10 @@ def test_a_model_and_its_compressor(capsys, model_dir, compressor_dir):
         capsys, "--model-path", str(model_dir), "--metasoft-path", str(compressor_dir),
         "--prompt-tokens", "2048", "--output-tokens", "16", "--pool-tokens", "8288", "--chunk-tokens", "512",
     )  # fmt: skip
-    assert code == 0 and checks["compressor"]["found"].startswith("16 soft tokens")
+    assert code == 0 and checks["compressor"]["found"].endswith(" for metasoft, 16 soft tokens")
     assert checks["features"]["status"] == "ok"
     assert estimate["requests_raw"] == 4 and estimate["kv_bytes_per_token"] == 30 * 3 * 64 * 2 * 2
+    assert estimate["workspace_bytes"] == 64 * 2**20 + 128 * 2048
     assert [fit["ratio"] for fit in estimate["fits"]] == [2, 4, 8]
     assert [fit["prompt_entries"] for fit in estimate["fits"]] == [1024, 512, 256]
     assert set(estimate["fits"][0]) == {"ratio", "prompt_entries", "requests", "requests_during_prefill", "bypass"}
@@ -172,8 +173,11 @@ def test_server_flags_reach_the_estimate(capsys, model_dir):
 
 
 def test_memory_that_is_not_given_is_found(capsys, model_dir):
-    estimate = report(capsys, "--model-path", str(model_dir), "--prompt-tokens", "1024")[2]
+    argv = ["--model-path", str(model_dir), "--prompt-tokens", "65536"]
+    estimate = report(capsys, *argv)[2]
     assert 0 < estimate["pool_tokens"] and estimate["pool_source"]
+    main(argv)
+    assert "compressing one takes at most 72 MiB of a GPU beside the pool" in capsys.readouterr().out
 
 
 def test_a_pool_too_small_is_a_problem(capsys, model_dir):
@@ -214,6 +218,25 @@ def test_the_command_reaches_it_through_its_entry_point(monkeypatch, capsys):
     assert cli.main(["doctor", "--ratios", "x"]) == 2 and "--ratios: 'x'" in capsys.readouterr().err
     monkeypatch.setattr(cli, "entry_points", lambda **given: [])
     assert cli.main(["doctor"]) == 2 and "reinstall" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "remedy"),
+    [
+        (["doctor"], "torch", "install SGLang first"),
+        (["fit", "model"], "accelerate", "pip install 'sglang-metasoft[train]'"),
+    ],
+)
+def test_a_missing_package_is_said_in_one_sentence(tmp_path, model_dir, arguments, package, remedy):
+    """As after ``pip install --no-deps``, or without the extra."""
+    words = f"No module named {package!r}"
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError({words!r}, name={package!r})")
+    arguments = [str(model_dir) if argument == "model" else argument for argument in arguments]
+    script = f"import sys; from sglang_metasoft.cli import main; sys.exit(main({arguments!r}))"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.strip().count("\n") == 0, done.stderr
+    assert f"needs the package {package}" in done.stderr and remedy in done.stderr
 
 
 def test_exit_codes_of_the_process():

@@ -100,7 +100,7 @@ def test_a_scheduler_without_the_secret_does_not_start(parse):
         (["--metasoft-min-tokens", "0"], "0 is not allowed"),
         (["--metasoft-window", "-3"], "-3 is not allowed"),
         (["--metasoft-sink", "-1"], "-1 is not allowed"),
-        (["--metasoft-method", "magic"], "'magic' is not allowed; allowed: one of: metasoft, judge_q, snapkv, "),
+        (["--metasoft-method", "magic"], "'magic' is not allowed; allowed: one of: auto, metasoft, judge_q, snapkv, "),
         (["--metasoft-config", "{"], "not JSON"),
         (["--metasoft-config", '{"ration": 1}'], "unknown key 'ration'"),
     ],
@@ -222,12 +222,17 @@ def test_every_refusal_looks_at_fields_that_exist(parse):
         with pytest.raises(ValueError, match="--enable-metasoft cannot run with"):
             compat.check_features(Changed(plain.args, **{name: value}), plain.model)
     for name, value in {
-        "is_hybrid_swa": True, "sliding_window_size": 4096, "model_is_mrope": True, "is_encoder_decoder": True,
-        "is_generation": False,
+        "is_hybrid_swa": True, "model_is_mrope": True, "is_encoder_decoder": True, "is_generation": False,
     }.items():  # fmt: skip
         getattr(plain.model, name)
         with pytest.raises(ValueError, match="--enable-metasoft cannot run with"):
             compat.check_features(plain.args, Changed(plain.model, **{name: value}))
+
+
+def test_a_window_that_a_configuration_names_and_no_layer_has_is_no_reason_to_refuse(parse):
+    """Some classes of SGLang read past it; what the loaded layers have is checked."""
+    plain = PlainArgs(parse)
+    compat.check_features(plain.args, Changed(plain.model, sliding_window_size=4096))
 
 
 def test_the_rust_server_is_refused(parse, monkeypatch):
@@ -282,10 +287,23 @@ def test_what_is_no_build_of_a_supported_sglang_is_refused(parse, monkeypatch, o
         parse("--enable-metasoft")
 
 
-def test_a_server_on_rocm_says_that_it_is_untested(parse, monkeypatch, warnings):
-    monkeypatch.setattr("torch.version.hip", "7.0")
+@pytest.mark.parametrize(
+    ("name", "hip", "system"), [("ROCm", "7.0", "Linux"), ("macOS", None, "Darwin"), ("FreeBSD", None, "FreeBSD")]
+)
+def test_a_server_on_rocm_or_macos_says_at_start_up_that_it_is_untested(
+    parse, monkeypatch, warnings, name, hip, system
+):
+    monkeypatch.setattr("torch.version.hip", hip)
+    monkeypatch.setattr("platform.system", lambda: system)
     check(parse("--enable-metasoft"))
-    assert len(warnings) == 1 and "nothing of it has been tested on ROCm" in warnings[0]
+    assert len(warnings) == 1 and f"nothing of it has been tested on {name};" in warnings[0]
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "npu:0"])
+def test_a_macs_gpu_and_other_accelerators_are_refused_at_start_up(parse, device):
+    plain = PlainArgs(parse)
+    with pytest.raises(ValueError, match="accelerators other than GPUs .--device.: .*; allowed: cuda, cpu"):
+        compat.check_features(Changed(plain.args, device=device), plain.model)
 
 
 def test_a_hook_that_did_not_take_stops_the_start(parse, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from metasoft_patches.forward.model import model_shape
+from metasoft_patches.forward.model_shape import model_shape
 from sglang.srt.configs.model_config import ModelConfig
 
 from sglang_metasoft.hf.shape import read_shape

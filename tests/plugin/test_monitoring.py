@@ -12,7 +12,7 @@ from metasoft_patches.metrics import METRICS, PREFIX
 from tests.tools import need
 
 FOLDER = Path(__file__).parents[2] / "examples" / "monitoring"
-SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket",)}
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 KNOWN = {f"{PREFIX}{metric.name}{suffix}" for metric in METRICS for suffix in SUFFIXES[metric.kind]}
 
 
@@ -40,7 +40,7 @@ def promtool() -> str:
 
 
 def test_alerts_are_rules_that_fire_when_they_should(promtool):
-    assert "SUCCESS: 3 rules" in run(promtool, "check", "rules", "alerts.yml")
+    assert "SUCCESS: 5 rules" in run(promtool, "check", "rules", "alerts.yml")
     assert "SUCCESS" in run(promtool, "test", "rules", "alerts_test.yml")
 
 

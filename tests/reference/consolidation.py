@@ -39,11 +39,17 @@ def carried_bias(ids: list[int], mass: torch.Tensor, kept: list[int], sink: int)
 
 
 def flow(
-    gate_scale: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: torch.Tensor, kept: list[int], targets: int
+    gate_scale: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    kept: list[int],
+    targets: int,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, d] one head's kept values with what flowed into them, and [B] which of them a near tie decided."""
     dropped = sorted(set(range(len(k))) - set(kept))
-    nearest, order = (k[dropped] @ k[kept].T / k.shape[1] ** 0.5).topk(targets + 1, dim=1)
+    nearest, order = (k[dropped] @ k[kept].T * scale).topk(targets + 1, dim=1)
     contested = torch.zeros(len(kept), dtype=torch.bool)
     contested[order[nearest[:, -2] - nearest[:, -1] < NEAR_TIE, -2:].flatten()] = True
     routing = torch.zeros(len(dropped), len(kept))

@@ -200,7 +200,8 @@ class Reference:
                     new_values.append(v[kept])
                     contested_per_head.append(torch.zeros(len(kept), dtype=torch.bool))
                 else:
-                    merged, contested = flow(self.weights["gate_scale"][number, g], k, v, a, kept, targets)
+                    scale = getattr(self.model.config, "attention_multiplier", d**-0.5)  # Granite has one of its own
+                    merged, contested = flow(self.weights["gate_scale"][number, g], k, v, a, kept, targets, scale)
                     new_keys.append(k[kept])
                     new_values.append(merged)
                     contested_per_head.append(contested)

@@ -6,6 +6,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+# Untrained soft tokens, for tests of the probe: without a compressor a server takes a method that has none.
+SOFT_TOKENS = ("--enable-metasoft", "--metasoft-method", "metasoft")
+
 # SGLang checks its own books after every batch and whenever idle, and dies if they do not add up.
 STRICT_CHECKS = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",

@@ -24,7 +24,9 @@ def served_name(url: str) -> str:
     return requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
 
 
-def ask(server, path: str, text: str, /, stream: bool, headers: dict | None = None, **fields) -> Answer:
+def ask(
+    server, path: str, text: str, /, stream: bool, headers: dict | None = None, session=requests, **fields
+) -> Answer:
     """One request of few output tokens for a prompt of one user message, or of plain text; None drops a field."""
     chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 3, "model": "default"}
     body = {
@@ -37,7 +39,7 @@ def ask(server, path: str, text: str, /, stream: bool, headers: dict | None = No
     body = {name: value for name, value in (body | {"stream": stream} | fields).items() if value is not None}
     if stream and path in ("/v1/completions", "/v1/chat/completions"):
         body["stream_options"] = {"include_usage": True}
-    response = requests.post(server.url + path, json=body, headers=headers, timeout=300)
+    response = session.post(server.url + path, json=body, headers=headers, timeout=300)
     return read(response, stream)
 
 

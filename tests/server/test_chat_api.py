@@ -5,6 +5,7 @@ import re
 import pytest
 import requests
 
+from tests.server.checks import SOFT_TOKENS
 from tests.server.endpoints import ask
 from tests.server.test_examples import run
 
@@ -20,7 +21,7 @@ def model_dir(full_model_dir):
 
 @pytest.fixture(scope="module")
 def server(start_server):
-    return start_server("--enable-metasoft", "--metasoft-min-tokens", "256", "--enable-cache-report")
+    return start_server(*SOFT_TOKENS, "--metasoft-min-tokens", "256", "--enable-cache-report")
 
 
 def test_the_second_turn_of_a_chat_computes_only_new_tokens(server, document):
@@ -101,6 +102,20 @@ def test_a_bad_setting_is_http_400_in_the_endpoints_own_shape(server, path, stre
         assert error["code"] == 400
 
 
+BAD_PARAMS = {
+    "metasoft_ratio=0 is not allowed; allowed: a number >= 1": {"metasoft_ratio": 0},
+    "metasoft_budget='many' is not allowed; allowed: an integer >= 1": {"metasoft_budget": "many"},
+    "unknown key 'metasoft_window'; allowed: metasoft_ratio": {"metasoft_window": 9},
+}
+
+
+@pytest.mark.parametrize("path", ENDPOINTS[1:3])
+@pytest.mark.parametrize("words", BAD_PARAMS)
+def test_custom_params_out_of_range_are_named_with_what_is_allowed(server, path, words):
+    answer = ask(server, path, "Hello", stream=False, custom_params=BAD_PARAMS[words])
+    assert answer.status == 400 and words in answer.body["message"]
+
+
 def test_several_prompts_are_told_as_their_sum_and_not_in_a_stream(server, document):
     texts = ["sum " + document[30_000:32_000], "short one"]
     sampling = {"max_new_tokens": 2, "n": 2}
@@ -114,6 +129,49 @@ def test_several_prompts_are_told_as_their_sum_and_not_in_a_stream(server, docum
     assert response.headers["x-metasoft-bypass"] == "too_short"
     response = requests.post(f"{server.url}/generate", json=body | {"stream": True}, timeout=300)
     assert response.status_code == 200 and not [name for name in response.headers if "metasoft" in name.lower()]
+
+
+# -- usage, turn by turn ---------------------------------------------------------------------------------------------
+
+CHATS = ENDPOINTS[2:]
+
+
+def ask_turn(server, path, messages, stream, **fields):
+    """One turn of a greedy chat, with the history in the request."""
+    given = {"input": messages} if path == "/v1/responses" else {"messages": messages, "max_tokens": 16}
+    return ask(server, path, "", stream=stream, temperature=0, **given, **fields)
+
+
+@pytest.fixture(scope="module")
+def two_turns(server, document):
+    """The messages of a chat's second turn, with what the model really answered to the first."""
+    messages = [{"role": "user", "content": document[9_000:13_000] + "\nWho speaks?"}]
+    answer = server.chat(messages, max_tokens=16)["choices"][0]["message"]["content"]
+    return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": "To whom?"}]
+
+
+@pytest.fixture(scope="module")
+def chat_usage(server, two_turns):
+    """What ``/v1/chat/completions`` counts, whole."""
+    return usage_by_turn(server, CHATS[0], two_turns, stream=False)
+
+
+def usage_by_turn(server, path, messages, stream):
+    """Prompt, cached and reused tokens of both turns, from an empty cache."""
+    requests.post(f"{server.url}/flush_cache", timeout=60).raise_for_status()
+    turns = [ask_turn(server, path, messages[:end], stream) for end in (1, 3)]
+    assert [turn.status for turn in turns] == [200, 200]
+    return [(turn.prompt_tokens, turn.cached_tokens, turn.headers["reused-tokens"]) for turn in turns]
+
+
+@streamed_or_not
+@pytest.mark.parametrize("path", CHATS)
+def test_a_second_turn_counts_cached_raw_tokens_alike_in_every_api(server, two_turns, chat_usage, path, stream):
+    usage = usage_by_turn(server, path, two_turns, stream)
+    (prompt, cached, reused), (longer, cached_again, reused_again) = usage
+    assert (cached, reused, reused_again) == (0, 0, prompt - WINDOW)
+    # The whole first prompt, far more than the entries that it holds, and most of the answer; not the next question.
+    assert prompt <= cached_again < longer and usage == chat_usage
 
 
 # -- requests that would end the scheduler ---------------------------------------------------------------------------
@@ -138,7 +196,6 @@ ENDING = [
     ("/v1/chat/completions", {"n": 0}, "n: 0 is not allowed"),
     ("/generate", sampling(beam_width=MANY), "beam_width: 1000000 is not allowed"),
     ("/v1/chat/completions", {"top_k": 2**31}, f"top_k: {2**31} is not allowed; allowed: -1, or an integer from 1"),
-    ("/v1/completions", {"custom_params": {"a": {"b": {"c": 1}}}}, "custom_params: {'a': {'b': {'c': 1}}} is"),
     ("/v1/chat/completions", {"logit_bias": {"5": 1e39}}, "logit_bias of token 5: 1e+39 is not allowed"),
     ("/generate", sampling(min_new_tokens=1, stop_token_ids=[VOCABULARY]), f"stop_token_ids: {VOCABULARY} is"),
     ("/generate", {"return_logprob": True, "logprob_start_len": -5}, "logprob_start_len: -5 is not allowed"),
@@ -159,3 +216,5 @@ def test_what_is_just_inside_the_limits_is_served(server):
     params = sampling(top_k=2**31 - 1, stop_token_ids=[VOCABULARY], logit_bias={"5": -1e30}, max_new_tokens=1)
     assert ask(server, "/generate", "Hello", stream=False, **logprobs, **params).status == 200
     assert ask(server, "/v1/chat/completions", "", stream=False).status == 200  # the template gives it tokens
+    nested = {"custom_params": {"a": {"b": {"c": 1}}}}
+    assert ask(server, "/v1/completions", "Hello", stream=False, **nested).status == 200

@@ -3,6 +3,7 @@
 import pytest
 import requests
 
+from sglang_metasoft.methods.auto import WITHOUT_COMPRESSOR
 from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
 
 pytestmark = pytest.mark.server
@@ -16,6 +17,15 @@ TURNS, TURN_TOKENS = 12, 180
 def server(start_server):
     flags = ["--metasoft-min-tokens", str(THRESHOLD), "--max-total-tokens", str(POOL_TOKENS)]
     return start_server("--enable-metasoft", "--enable-metrics", *flags, env=STRICT_CHECKS)
+
+
+def test_without_a_compressor_the_server_says_what_it_serves_instead(server):
+    """This model has too few layers for the one that ships."""
+    state = server.info()["internal_states"][0]["metasoft"]
+    assert state["compressor"]["kind"] == "training_free" and state["method"] == WITHOUT_COMPRESSOR["method"]
+    log = server.log.read_text()
+    assert log.count("NO COMPRESSOR was found") == 1 and "sglang-metasoft fit" in log
+    assert 'kind="training_free"' in requests.get(f"{server.url}/metrics", timeout=60).text
 
 
 def test_twelve_turns_hold_a_quarter_and_compute_only_what_is_new(server, document_ids):

@@ -1,12 +1,13 @@
 """Decode steps after a compression: positions against the reference, beams beside, log-probabilities of the prompt."""
 
+import dataclasses
 import json
 
 import pytest
 import requests
 
 from tests.reference.meta_soft_reference import Cache, Reference
-from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft
+from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -21,7 +22,7 @@ def server(start_server, compressor_dir):
     return start_server(
         "--dtype", "float32", "--enable-metasoft", "--metasoft-path", str(compressor_dir),
         "--metasoft-config", json.dumps({"consolidation": "attention_flow"}), "--enable-metrics",
-        "--max-total-tokens", str(POOL_TOKENS), "--enable-return-hidden-states",
+        "--max-total-tokens", str(POOL_TOKENS), "--enable-return-hidden-states", "--metasoft-fidelity-sample", "1",
         env=STRICT_CHECKS | {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": str(FEW_NEW_TOKENS)},
     )  # fmt: skip
 
@@ -122,6 +123,44 @@ def test_beams_decode_beside_a_compressed_request(server, document_ids):
     assert len(rest) > 20, "the compressed request had ended before the beams"
     assert rest[-1]["output_ids"] == alone["output_ids"] and metasoft(rest[-1])["kv_tokens"] == 275
     assert_pool_is_whole(server, POOL_TOKENS)
+
+
+def sampled(server) -> tuple[float, float]:
+    """Of the histogram of divergences: how many, and their sum in nats."""
+    metrics = server.metrics()
+    return tuple(metrics.get(f"sglang:metasoft_fidelity_kl_{name}", 0.0) for name in ("count", "sum"))
+
+
+@pytest.mark.parametrize("boundary", [None, 700])
+def test_live_fidelity_is_the_references_divergence_of_the_next_token(server, reference, document_ids, boundary):
+    """One observation for each segment, of both forms of the cache with the prompt's last token run over them."""
+    prompt, ratio = document_ids[500:1900], 8
+    options = {"metasoft_ratio": ratio} | ({"metasoft_boundary": boundary} if boundary else {})
+    count, total = sampled(server)
+    response = server.generate(prompt, 4, custom_params=options, **{SALT: f"fidelity {boundary}"})
+
+    caches = [reference.prefill(prompt)]
+    first = -(-boundary // ratio) if boundary else metasoft(response)["kv_tokens"] - WINDOW
+    span = boundary or len(prompt) - WINDOW
+    caches.append(reference.compress_span(caches[0], span, first, SINK, TARGETS, at_boundary=bool(boundary)).cache)
+    if boundary:
+        rest = metasoft(response)["kv_tokens"] - first - WINDOW
+        caches.append(reference.compress_span(caches[1], len(prompt) - WINDOW - span, rest, 0, TARGETS).cache)
+    logprobs = [reference.extend(without_the_last(cache), prompt[-1:])[1] for cache in caches]
+    expected = sum(
+        (before.exp() * (before - after)).sum().item() for before, after in zip(logprobs, logprobs[1:], strict=False)
+    )
+    name = "sglang:metasoft_fidelity_kl_count"
+    wait_until(server, lambda metrics: metrics.get(name, 0) >= count + len(caches) - 1, "every observation")
+    new_count, new_total = sampled(server)
+    assert new_count == count + len(caches) - 1
+    assert expected > 0.001, "both forms say the same: this shows nothing"
+    assert abs(new_total - total - expected) < 0.02 * expected + 1e-4
+
+
+def without_the_last(cache: Cache) -> Cache:
+    layers = [(keys[:, :-1], values[:, :-1]) for keys, values in cache.layers]
+    return dataclasses.replace(cache, ids=cache.ids[:-1], layers=layers)
 
 
 LOGPROB_CASES = {  # prompt tokens, start, boundary seen in the tree, options

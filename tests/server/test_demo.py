@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from sglang_metasoft.demo import model, run
+from sglang_metasoft.demo import run
 from sglang_metasoft.demo.conversation import converse
 from sglang_metasoft.demo.progress import Progress
 from sglang_metasoft.demo.questions import MAX_ANSWER_TOKENS, SHIPPED, check_length, read_task
@@ -21,7 +21,7 @@ def model_dir(full_model_dir):
 
 @pytest.fixture(scope="module")
 def server(start_server):
-    return start_server("--enable-metasoft", "--metasoft-path", model.COMPRESSOR)
+    return start_server("--enable-metasoft")
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,28 @@
 """The other ways in: ``sgl.Engine`` and ``sglang serve``; and a start-up that must fail."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+import requests
+from metasoft_patches.http import app as http
 
 from sglang_metasoft.compressor.soft_tokens import SoftTokens
 from sglang_metasoft.hf.shape import read_shape
 from sglang_metasoft.local_server import ServerFailed
+from tests.server.checks import SOFT_TOKENS
+from tests.server.endpoints import Answer, ask
 from tests.server.forked import start
 
 pytestmark = pytest.mark.server
 
+WINDOW = 64
+names_an_application = pytest.mark.skipif(
+    not hasattr(http.envs, http.APP_PATH), reason="this SGLang names no application for its workers"
+)
 AS_USERS_DO = {"entry": ("-m", "sglang.launch_server")}  # not forked
 
 ENGINE_SCRIPT = """
@@ -76,3 +86,52 @@ def test_sglang_serve(start_server, document_ids):
     server = start_server("--enable-metasoft", entry=(str(console_script), "serve"))
     meta = server.generate(document_ids[:800], 4)["meta_info"]
     assert meta["metasoft_kv_tokens"] == 200
+
+
+@pytest.fixture(scope="module")
+def two_workers(start_server):
+    # Each imports SGLang, on busy cores for longer than the ten seconds in which uvicorn wants to hear of it.
+    env = {"SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "300"}
+    return start_server(*SOFT_TOKENS, "--tokenizer-worker-num", "2", "--enable-cache-report", env=env)
+
+
+def ask_anyone(server, *args, **kwargs) -> tuple[Answer, int]:
+    """Over a connection of its own: the answer, and the process that gave it."""
+    with requests.Session() as session:
+        answer = ask(server, *args, session=session, **kwargs)
+        (pid,) = {
+            process.pid
+            for process in psutil.Process(server.process.pid).children(recursive=True)
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == server.port
+        }
+    return answer, pid
+
+
+@names_an_application
+def test_settings_and_outcome_pass_through_whichever_http_worker(two_workers, document):
+    """Ten connections, and more until both workers have answered."""
+    answered: set[int] = set()
+    for number in itertools.count():
+        if number >= 5 and len(answered) == 2:
+            break
+        assert number < 40, "one of the workers answers nothing"
+        text, headers = f"{number} " + document[300 * number :][:4000], {"x-metasoft-ratio": "8"}
+        first, pid = ask_anyone(two_workers, "/generate", text, stream=False, headers=headers)
+        again, other = ask_anyone(two_workers, "/generate", text, stream=True, headers=headers)
+        length, answered = first.prompt_tokens, answered | {pid, other}
+        assert first.headers == {"span-tokens": length - WINDOW, "kv-tokens": -(-length // 8), "reused-tokens": 0}
+        assert first.meta["metasoft_kv_tokens"] == first.headers["kv-tokens"]
+        assert again.headers == first.headers | {"reused-tokens": length - WINDOW}
+
+
+@names_an_application
+def test_a_bad_header_is_http_400_from_whichever_http_worker(two_workers):
+    answered = set()
+    for _ in range(40):
+        headers = {"x-metasoft-ratio": "0.5"}
+        answer, pid = ask_anyone(two_workers, "/v1/chat/completions", "Hello", stream=False, headers=headers)
+        words = "header x-metasoft-ratio: '0.5' is not allowed; allowed: a number >= 1"
+        assert answer.status == 400 and words in answer.body["message"]
+        answered.add(pid)
+    assert len(answered) == 2

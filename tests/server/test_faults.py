@@ -9,6 +9,7 @@ import requests
 
 from tests.server.checks import (
     SALT,
+    SOFT_TOKENS,
     STRICT_CHECKS,
     assert_pool_is_whole,
     assert_sound_after_all,
@@ -32,7 +33,7 @@ def test_a_fault_leaves_the_request_uncompressed(start_server, document_ids, tmp
     blocked = tmp_path / "file"
     blocked.touch()
     server = start_server(
-        "--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--dtype", "float32",
+        *SOFT_TOKENS, "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--dtype", "float32",
         "--metasoft-config", json.dumps({"trace_dir": str(blocked)}), env=STRICT_CHECKS,
     )  # fmt: skip
     ids = document_ids[:1200]
@@ -52,7 +53,7 @@ COUNTED_AS = dict.fromkeys(STAGES, "probe") | {"reserve": None, "nan": "not_fini
 @pytest.fixture(scope="module")
 def faulty_server(start_server):
     """A server in which a request named ``inside-<stage>`` fails at that stage."""
-    flags = ["--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--dtype", "float32"]
+    flags = [*SOFT_TOKENS, "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--dtype", "float32"]
     return start_server(*flags, env=inside_env())
 
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
+from tests.server.checks import SOFT_TOKENS, STRICT_CHECKS, assert_pool_is_whole, metasoft
 from tests.server.test_identity import converse, make_prompts, outputs
 
 pytestmark = pytest.mark.server
 
 POOL_TOKENS = 32_768
 FLAGS = ["--dtype", "float32", "--kv-cache-dtype", "fp8_e4m3", "--max-total-tokens", str(POOL_TOKENS)]
-METASOFT = ["--enable-metasoft", "--metasoft-ratio", "1", "--enable-metrics"]
+METASOFT = [*SOFT_TOKENS, "--metasoft-ratio", "1", "--enable-metrics"]
 
 
 def test_ratio_one_equals_plain_sglang_and_ratio_four_holds_a_quarter(start_server, document_ids, tokenizer):

@@ -7,13 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.server.checks import SOFT_TOKENS
+
 pytestmark = pytest.mark.server
 
 PROMPTS = 20
 WINDOW = 64
 NEW_TOKENS = 10
 FLAGS = ["--dtype", "float32"]
-METASOFT = ["--enable-metasoft", "--metasoft-ratio", "1"]
+METASOFT = [*SOFT_TOKENS, "--metasoft-ratio", "1"]
 
 
 def make_prompts(document_ids: list[int]) -> list[list[int]]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TEST_LAYERS
-from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until
+from tests.server.checks import SALT, SOFT_TOKENS, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until
 
 pytestmark = pytest.mark.server
 
@@ -26,7 +26,7 @@ def server(start_server, compressor_dir):
     # SGLang preempts for want of a place in the batch, not of memory.
     flags = ["--max-total-tokens", str(POOL_TOKENS), "--enable-priority-scheduling", "--max-running-requests", "2"]
     flags += ["--dtype", "float32", "--metasoft-path", str(compressor_dir)]
-    return start_server("--enable-metasoft", "--enable-metrics", *flags, env=STRICT_CHECKS)
+    return start_server(*SOFT_TOKENS, "--enable-metrics", *flags, env=STRICT_CHECKS)
 
 
 def post(server, path: str, body: dict) -> requests.Response:

@@ -6,7 +6,7 @@ import pytest
 import requests
 from metasoft_patches.cache.prefix_index import FIRST_VIRTUAL_ID, make_virtual_ids
 
-from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft
+from tests.server.checks import SALT, SOFT_TOKENS, STRICT_CHECKS, assert_pool_is_whole, metasoft
 
 pytestmark = pytest.mark.server
 
@@ -15,7 +15,7 @@ POOL_TOKENS, WINDOW = 12288, 64
 
 @pytest.fixture(scope="module")
 def server(start_server):
-    flags = ["--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS)]
+    flags = [*SOFT_TOKENS, "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS)]
     return start_server(*flags, env=STRICT_CHECKS)
 
 

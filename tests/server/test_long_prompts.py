@@ -8,6 +8,7 @@ import pytest
 import requests
 
 from tests.server.checks import (
+    SOFT_TOKENS,
     STRICT_CHECKS,
     assert_pool_is_whole,
     assert_sound_after_all,
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.server
 
 POOL_TOKENS, CHUNK, RATIO = 2560, 256, 8
 FLAGS = [
-    "--enable-metasoft", "--metasoft-during-prefill", "--metasoft-min-tokens", "128", "--metasoft-ratio", str(RATIO),
+    *SOFT_TOKENS, "--metasoft-during-prefill", "--metasoft-min-tokens", "128", "--metasoft-ratio", str(RATIO),
     "--chunked-prefill-size", str(CHUNK), "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS),
 ]  # fmt: skip
 

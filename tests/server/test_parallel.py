@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
+from tests.server.checks import SOFT_TOKENS, STRICT_CHECKS, assert_pool_is_whole, metasoft
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 POOL_TOKENS, WINDOW = 8192, 64
-FLAGS = ["--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--dtype", "float32"]
+FLAGS = [*SOFT_TOKENS, "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--dtype", "float32"]
 
 
 def talk(server, document_ids) -> list[dict]:

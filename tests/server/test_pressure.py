@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from tests.server.checks import STRICT_CHECKS, assert_pool_is_whole, metasoft
+from tests.server.checks import SOFT_TOKENS, STRICT_CHECKS, assert_pool_is_whole, metasoft
 
 pytestmark = pytest.mark.server
 
 POOL_TOKENS = 3072
 FLAGS = [
-    "--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS),
+    *SOFT_TOKENS, "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS),
     "--chunked-prefill-size", "256", "--enable-mixed-chunk",
 ]  # fmt: skip
 

@@ -5,13 +5,13 @@ import re
 import pytest
 import requests
 
-from tests.server.checks import SALT, assert_pool_is_whole, inside_env, inside_lines, metasoft, wait_until
+from tests.server.checks import SALT, SOFT_TOKENS, assert_pool_is_whole, inside_env, inside_lines, metasoft, wait_until
 
 pytestmark = pytest.mark.server
 
 POOL_TOKENS, WINDOW, PROMPT_TOKENS, NEW_TOKENS, RANKS = 8192, 64, 800, 6, 3
 # The demo model has three KV heads.
-FLAGS = ["--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--dtype", "float32"]
+FLAGS = [*SOFT_TOKENS, "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS), "--dtype", "float32"]
 STAGES = {"job": "fault", "layer": "fault", "write": "fault", "nan": "fault", "reserve": "no_free_slots"}
 
 

@@ -9,7 +9,7 @@ import pytest
 import requests
 
 from sglang_metasoft.local_server import Server, free_port
-from tests.server.checks import metasoft
+from tests.server.checks import SOFT_TOKENS, metasoft
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -20,7 +20,7 @@ WINDOW = 64
 def router(model_dir, tmp_path_factory):
     """Its URL, and the two servers."""
     folder = tmp_path_factory.mktemp("router")
-    flags = ["--enable-metasoft", "--max-total-tokens", "8192"]
+    flags = [*SOFT_TOKENS, "--max-total-tokens", "8192"]
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(Server(model_dir, flags, log=folder / f"server{n}.log")) for n in range(2)]
         port = free_port()

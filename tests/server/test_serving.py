@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from sglang_metasoft.config import settings_of
-from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until_idle
+from tests.server.checks import SALT, SOFT_TOKENS, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until_idle
 
 pytestmark = pytest.mark.server
 
@@ -20,7 +20,7 @@ WINDOW, MIN_TOKENS = 64, 512
 
 @pytest.fixture(scope="module")
 def server(start_server):
-    flags = ["--enable-metasoft", "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS)]
+    flags = [*SOFT_TOKENS, "--enable-metrics", "--max-total-tokens", str(POOL_TOKENS)]
     return start_server(*flags, env=STRICT_CHECKS)
 
 
@@ -32,7 +32,8 @@ def test_start_up_says_what_is_active(server):
 def test_server_info_shows_what_is_active_and_every_setting(server):
     shown = server.info()["internal_states"][0]["metasoft"]
     defaults = {name: field.default for name, field in settings_of().items()}
-    assert {name: shown[name] for name in defaults} == defaults
+    assert {name: shown[name] for name in defaults} == defaults | {"method": "metasoft"}
+    assert shown["compressor"] == {"kind": "untrained", "path": None, "kept": None, "limit_ratio": None}
     assert "untrained" in shown["active"] and shown["runs_on"] == "torch" and "secret" not in shown
 
 
@@ -96,6 +97,22 @@ def test_budget_and_ratio_per_request(server, document_ids):
     ids = document_ids[50:1650]
     assert metasoft(server.generate(ids, custom_params={"metasoft_ratio": 8}))["kv_tokens"] == 200
     assert metasoft(server.generate(ids, custom_params={"metasoft_budget": 333}))["kv_tokens"] == 333
+
+
+@pytest.mark.parametrize("boundary", ["named", "seen"])
+def test_a_budget_at_a_boundary_is_what_the_prompt_holds(server, document_ids, boundary):
+    """863 tokens, 7 of them after the boundary: those and 93 entries, since no window is held back besides."""
+    document, question, salt = document_ids[70:926], document_ids[3000:3007], {SALT: f"budget {boundary}"}
+    options = {"metasoft_budget": 100}
+    if boundary == "named":
+        options["metasoft_boundary"] = len(document)
+    else:
+        server.generate(document + document_ids[2000:2090], **salt)
+    response = server.generate(document + question, custom_params=options, **salt)
+    assert response["meta_info"]["prompt_tokens"] == 863
+    assert metasoft(response) == {"span_tokens": 856, "kv_tokens": 100, "reused_tokens": 0}
+    again = server.generate(document + document_ids[3500:3507], custom_params={"metasoft_budget": 100}, **salt)
+    assert metasoft(again) == {"span_tokens": 856, "kv_tokens": 100, "reused_tokens": 856}
 
 
 @pytest.mark.parametrize(

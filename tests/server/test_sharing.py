@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from sglang_metasoft.bench.document_questions import POOL_TOKENS, ask_all, make_prompts
-from tests.server.checks import SALT, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until_idle
+from tests.server.checks import SALT, SOFT_TOKENS, STRICT_CHECKS, assert_pool_is_whole, metasoft, wait_until_idle
 
 pytestmark = pytest.mark.server
 
-FLAGS = ["--enable-metasoft", "--enable-metrics", "--max-total-tokens"]
+FLAGS = [*SOFT_TOKENS, "--enable-metrics", "--max-total-tokens"]
 DOCUMENT, WINDOW = 1500, 64
 WARMED, WARMED_TOKENS, POOL_FOR_FOUR = 10, 2000, 8400
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sglang_metasoft.train.dataset import Dataset
-from sglang_metasoft.train.generators import GENERATORS
+from sglang_metasoft.train.mix import GENERATORS
 from sglang_metasoft.train.prepare import prepare
 from sglang_metasoft.train.texts import HeldOut, read_corpus
 

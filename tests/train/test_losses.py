@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from metasoft_kernels.merge.key_bias import LARGEST_BIAS, log_biases
+from metasoft_kernels.bias.naive import LARGEST_BIAS, log_biases
 
 from sglang_metasoft.consolidations.repeats import demote_repeats, find_repeats
 from sglang_metasoft.train import key_bias

@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM
 from sglang_metasoft.train.answer_check import answer_score, cut_slots, kept_slots, shorten, top
 from sglang_metasoft.train.attention import Probing, Watch
 from sglang_metasoft.train.backbone import Layers
+from sglang_metasoft.train.prepare import Store, before_loop
+
+MAPS = {"atol": 1e-5, "rtol": 2**-8}  # kept in bfloat16
 
 
 def test_targets_are_the_models_own_attention(backbone, case, prepared, tiny_model):
@@ -20,9 +23,9 @@ def test_targets_are_the_models_own_attention(backbone, case, prepared, tiny_mod
         maps = torch.stack(eager(ids, output_attentions=True).attentions)[:, 0]  # [layers, H, L, L]
     seen = len(case.prefix) + len(question)
     expected = maps.unflatten(1, (2, 2)).mean(2)[:, :, seen - 1 :].mean(2)  # last prompt token and answer
-    torch.testing.assert_close(prepared.tensors["answered.0"], expected[..., :seen], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(prepared.tensors["answered.0"].float(), expected[..., :seen], **MAPS)
     asked = maps.unflatten(1, (2, 2)).mean(2)[:, :, len(case.prefix) : seen - 1].mean(2)
-    torch.testing.assert_close(prepared.tensors["asked.0"], asked[..., :seen], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(prepared.tensors["asked.0"].float(), asked[..., :seen], **MAPS)
 
 
 def test_repetition_is_the_largest_attention_of_any_row_and_head(backbone, case, prepared, tiny_model):
@@ -32,7 +35,7 @@ def test_repetition_is_the_largest_attention_of_any_row_and_head(backbone, case,
         maps = torch.stack(eager(ids, output_attentions=True).attentions)[:, 0]
     start, length = len(case.prefix) + len(case.repeat_request), len(case.prefix)
     expected = maps.unflatten(1, (2, 2))[:, :, :, start:, :length].amax(dim=(2, 3))
-    torch.testing.assert_close(prepared.tensors["repeated"], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(prepared.tensors["repeated"].float(), expected, **MAPS)
 
 
 def test_rows_over_a_context_are_the_rows_of_the_whole(backbone, case):
@@ -76,3 +79,28 @@ def test_the_answers_cut_goes_by_the_span_or_by_the_prompts_budget(prepared):
         span = len(context.span_ids)
         assert [cut_slots(context, ratio) for ratio in (1.5, 2.0, 1000.0)] == [-(-2 * span // 3), -(-span // 2), 16]
         assert cut_slots(context, 4, "prompt") == kept_slots(context, 4)
+
+
+def test_entries_that_are_not_kept_are_computed_again(backbone, case, prepared, tmp_path):
+    """What a large model's prompts would fill a disk with."""
+    store = Store(tmp_path, backbone, 8, keeps_entries=False)
+    store.get(case)
+    size = store.file(case).stat().st_size
+    again = store.get(case)
+    for name, tensor in prepared.tensors.items():
+        torch.testing.assert_close(again.tensors[name].float(), tensor.float(), atol=1e-2, rtol=2**-6)
+    kept = sum(t.nbytes for name, t in prepared.tensors.items() if name.startswith(("keys", "values")))
+    assert size < sum(t.nbytes for t in prepared.tensors.values()) - kept + 8192
+
+
+@pytest.mark.parametrize(
+    ("ids", "left"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7, 8], 8),
+        ([1, 2, 3, 3, 3, 3, 3, 3, 3], 3),
+        ([9, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1], 6),
+        ([1, 2, 1, 2, 7, 8], 6),
+    ],
+)
+def test_an_answer_ends_where_it_only_repeats_itself(ids, left):
+    assert before_loop(ids) == ids[:left]

@@ -63,6 +63,7 @@ class Compressor(SchedulerCompressor):
         self.matcher = PrefixMatcher(config, adapter, scheduler.tree_cache, self.namespaces)
         self.ranks, self.fence = Ranks.__new__(Ranks), LaunchFence(scheduler)
         self.ranks.size = 1
+        self.fidelity = SimpleNamespace(wants=lambda rid: False)  # there is no model to ask
 
 
 class Machine:

@@ -6,7 +6,19 @@ from sglang_metasoft.compressor.soft_tokens import SoftTokens
 from sglang_metasoft.compressor.static_tokens import StaticTokens
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.methods import load_method
-from sglang_metasoft.types import Job, LayerPool, LayerView, ModelShape, Plan, Probe, Prompt, Rope
+from sglang_metasoft.types import (
+    AttentionLayer,
+    Job,
+    LayerKind,
+    LayerPool,
+    LayerView,
+    ModelShape,
+    Plan,
+    Probe,
+    Prompt,
+    Rope,
+    Turning,
+)
 
 SHAPE = ModelShape("tiny", 1000, 48, 2, 6, 3, 16)
 SPAN, TAIL, KEPT = 200, 64, 50
@@ -19,14 +31,21 @@ def rope_table(positions: int = 4096, d: int = 16, device=None) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1).to(device or "cpu")
 
 
+def layer_with(rope: Rope | None, turning: Turning = Turning.ROPE) -> AttentionLayer:
+    """A layer of the tiny shape."""
+    sizes = SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim, SHAPE.head_dim
+    return AttentionLayer(LayerKind.FULL, *sizes, turning=turning, rope=rope)
+
+
 class TinyModel:
     """What a method asks of the loaded model: queries with a direction of their own, a word a token."""
 
     def __init__(self, device) -> None:
         self.device = device
 
-    def rope(self) -> Rope:
-        return Rope(rope_table(device=self.device), True)
+    def layers(self) -> list[AttentionLayer]:
+        rope = Rope(rope_table(device=self.device), True)
+        return [layer_with(rope) for _ in range(SHAPE.num_layers)]
 
     def encode(self, text: str) -> list[int]:
         return [len(word) for word in text.split()]
@@ -51,6 +70,8 @@ def make_method(name: str, monkeypatch=None, device=CPU, **settings):
 
         monkeypatch.setattr(SoftTokens, "untrained", make_soft_tokens)
     static = StaticTokens(torch.randn(8, SHAPE.hidden_size, generator=torch.Generator().manual_seed(6)).to(device))
+    if name == "judge_q":
+        settings = {"path": "static"} | settings
     original = StaticTokens.load
     StaticTokens.load = lambda *args: static
     try:

@@ -38,6 +38,7 @@ class Recorded:
         compressor.adapter = SimpleNamespace(request_of_rows=lambda batch: torch.arange(len(batch.reqs)))
         compressor.ranks = SimpleNamespace(size=sizes, agree=self.agree)
         compressor.fence = LaunchFence(self.scheduler)
+        compressor.fidelity = SimpleNamespace(wants=lambda rid: rid in self.sampled, compare=self.compare)
         compressor.committer = SimpleNamespace(reserve=self.reserve, release=lambda slots: self.note("release"))
         compressor.stages = SimpleNamespace(
             failed_stage="score",
@@ -49,7 +50,7 @@ class Recorded:
         )
         monkeypatch.setattr(module.SchedulerCompressor, "_commit", lambda *args: self.note("commit"))
         monkeypatch.setattr(module.SchedulerCompressor, "_is_last_chunk", lambda *args: True)
-        self.agreed = None
+        self.agreed, self.sampled = None, set()
 
     def note(self, name: str, result=None):
         self.steps.append(name)
@@ -73,6 +74,10 @@ class Recorded:
         self.own = outcomes
         return self.note("agree", outcomes if self.agreed is None else self.agreed)
 
+    def compare(self, spans):
+        self.compared = [req.rid for req, _, _ in spans]
+        return self.note("compare")
+
     def compress(self, requests=1) -> list:
         reqs = [SimpleNamespace(rid=str(n), metasoft=SimpleNamespace()) for n in range(requests)]
         self.skipped = {}
@@ -92,6 +97,21 @@ def test_what_is_queued_outlives_the_forward(monkeypatch):
     assert recorded.compress() == [10 - PLAN.saved_slots]
     assert recorded.steps == [*QUEUED, "agree", "commit"]
     assert recorded.scheduler.batch_record_buf[1] == [recorded.into]
+
+
+@pytest.mark.parametrize("fails", [{}, {"compare": RuntimeError("no logits")}])
+def test_fidelity_is_sampled_before_the_raw_entries_are_let_go_and_its_faults_cost_nothing(monkeypatch, fails):
+    recorded = Recorded(monkeypatch, fails=fails)
+    recorded.sampled = {"1"}
+    assert recorded.compress(2) == [10 - PLAN.saved_slots] * 2 and recorded.compared == ["1"]
+    assert recorded.steps[-6:] == ["forward waits", "compare", "event", "schedule waits", "commit", "commit"]
+
+
+def test_a_fault_of_fidelity_on_one_of_several_ranks_ends_the_server(monkeypatch):
+    recorded = Recorded(monkeypatch, fails={"compare": RuntimeError("no logits")}, sizes=2)
+    recorded.sampled = {"0"}
+    with pytest.raises(RuntimeError, match="no logits"):
+        recorded.compress()
 
 
 def test_so_it_does_after_a_fault(monkeypatch):

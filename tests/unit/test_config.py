@@ -2,13 +2,14 @@
 
 import pytest
 
-from sglang_metasoft.config import MetaSoftConfig, RequestOptions, read_config_json, settings_of
+from sglang_metasoft.config import MetaSoftConfig, read_config_json, settings_of
+from sglang_metasoft.request_options import RequestOptions
 
 
 def test_defaults_are_those_of_the_documentation():
     config = MetaSoftConfig()
     assert (config.ratio, config.budget, config.min_tokens) == (4.0, None, 512)
-    assert (config.window, config.sink, config.method, config.path) == (64, 4, "metasoft", None)
+    assert (config.window, config.sink, config.method, config.path) == (64, 4, "auto", None)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import pytest
 from metasoft_patches.http.headers import MAX_HELD, SCOPE_KEY, Exchange, HeaderMiddleware, read_headers
 
-from sglang_metasoft.config import RequestRefused
+from sglang_metasoft.request_options import RequestRefused
 
 FIELDS = {"metasoft_span_tokens": 800, "metasoft_kv_tokens": 264, "metasoft_reused_tokens": 0}
 BYPASSED = FIELDS | {"metasoft_span_tokens": 0, "metasoft_bypass": "too_short"}

@@ -10,7 +10,7 @@ from sglang_metasoft.hf.cache import Batch, generate
 from sglang_metasoft.hf.compress import compress, probe_of
 from sglang_metasoft.hf.model import PREFILL_CHUNK_TOKENS, HFModel, LayerKV
 from sglang_metasoft.hf.shape import read_shape
-from sglang_metasoft.inspect.model import InspectedModel
+from sglang_metasoft.inspect.inspected_model import InspectedModel
 from sglang_metasoft.methods import load_method
 from sglang_metasoft.pipeline.plan import plan_span
 from sglang_metasoft.train.backbone import Backbone, Layers
@@ -30,6 +30,15 @@ MODELS = {
     | dict(logits_scaling=8.0, embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5),
     "GPTNeoX": SIZES | dict(rotary_pct=0.5),  # as many KV heads as query heads, half of each turned
 }
+
+YARN = dict(
+    rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=1024, llama_4_scaling_beta=0.1,
+    beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0,
+)  # fmt: skip
+LONG_ROPE = dict(
+    rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * 6, long_factor=[2.0] * 6, factor=2.0,
+    original_max_position_embeddings=2048,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +102,7 @@ def test_greedy_answers_are_those_of_transformers(folder, document_ids, tokenize
     assert answers[1] == whole != answers[0]
     assert InspectedModel(folder, tokenizer).answer(layers, len(ids), last, 6, None).ids == whole
     context = Layers.of(backbone.prefill(ids[:-3]).layers)
-    assert backbone.answer(context, ids[-3:], 6) == whole
+    assert backbone.answers(context, [ids[-3:], ids[-1:], ids[-3:]], 6)[::2] == [whole, whole]
 
 
 def test_the_shape_is_that_of_the_loaded_model(folder):
@@ -165,3 +174,36 @@ def test_near_the_longest_text_the_probe_slides_back(make_model, document_ids):
     assert probe.first_position + len(probe.embeds) > 640
     ((_, (routes, merged)),) = compress(model, model.prefill(ids).layers, probe, [plan], method)
     assert routes.kept.shape == (4, plan.kept_slots) and merged.value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "turnings", "is_neox"),
+    [
+        ("Llama", {}, "rr", True),
+        ("Glm4", dict(head_dim=12, pad_token_id=0), "rr", False),  # half of each, neighbors turn together
+        ("Cohere", {}, "rr", False),
+        ("SmolLM3", dict(no_rope_layers=[1, 0], pad_token_id=0), "rn", True),
+        ("Ministral3", dict(head_dim=12, rope_parameters=YARN, max_position_embeddings=4096), "oo", None),
+        ("Phi3", dict(rope_parameters=LONG_ROPE, max_position_embeddings=4096, pad_token_id=0), "rr", True),
+        ("GPT2", {}, "oo", None),  # a table of positions is added to the embeddings
+    ],
+)
+def test_how_positions_turn_queries_is_seen(make_model, name, sizes, turnings, is_neox):
+    layers = HFModel(make_model(name, **SIZES | sizes), CPU, torch.float32).layers()
+    assert "".join(layer.turning.value[0] for layer in layers) == turnings
+    assert [layer.rope is not None for layer in layers] == [letter == "r" for letter in turnings]
+    if is_neox is not None:
+        assert layers[0].rope.is_neox is is_neox
+
+
+def test_directions_are_right_past_the_end_of_the_short_texts(make_model):
+    """With LongRoPE other frequencies turn the queries of long prompts, and the bias has to turn with them."""
+    sizes = SIZES | dict(rope_parameters=LONG_ROPE, max_position_embeddings=4096, pad_token_id=0)
+    model = HFModel(make_model("Phi3", **sizes), CPU, torch.float32)
+    table = model.layers()[0].rope.cos_sin
+    rotary, empty = model.model.get_decoder().rotary_emb, torch.empty(1)
+    for start, end in ((0, 1500), (3000, 4096)):
+        cos, sin = rotary(empty, torch.arange(end)[None])
+        half = cos.shape[-1] // 2
+        expected = torch.cat([cos[0, start:, :half], sin[0, start:, :half]], -1)
+        torch.testing.assert_close(table[start:end], expected, atol=1e-5, rtol=1e-5)

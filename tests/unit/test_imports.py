@@ -2,12 +2,21 @@
 
 import ast
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from sglang_metasoft.cli import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 PROJECT = {"sglang_metasoft", "metasoft_kernels", "metasoft_patches"}
+CONVENTIONS = {"__init__", "naive", "fused", "command"}  # a package, a kernel folder's two lanes, a subcommand's entry
+# Folders whose files are named after those of another one: they hold the same thing's other part.
+NAMED_AFTER = {
+    "kernels/metasoft_kernels/merge": "sglang_metasoft/consolidations",
+    "patches/metasoft_patches/sglang_0_5_17": "patches/metasoft_patches/sglang_0_5_23",
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -60,3 +69,19 @@ def test_no_module_is_long():
     for folder in ("sglang_metasoft", "kernels", "patches"):
         for path in files(folder):
             assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_no_file_name_is_met_three_times():
+    """A name is a first guess. Where a folder follows another's names on purpose, the two count once."""
+    places = set()
+    for path in (*files("sglang_metasoft"), *files("kernels"), *files("patches")):
+        folder = str(path.parent.relative_to(ROOT))
+        places.add((NAMED_AFTER.get(folder, folder), path.stem))
+    counts = Counter(name for _, name in places if name not in CONVENTIONS)
+    assert {name: count for name, count in counts.items() if count > 2} == {}
+
+
+def test_a_subcommand_is_entered_by_its_packages_command_file():
+    entries = {target.split(":")[0] for target, _ in COMMANDS.values() if target}
+    named = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files("sglang_metasoft")}
+    assert {module for module in named if module.endswith((".command", ".commands"))} <= entries

@@ -13,8 +13,8 @@ import torch
 from sglang_metasoft.cli import main
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.hf.model import load_tokenizer
+from sglang_metasoft.inspect.inspected_model import InspectedModel
 from sglang_metasoft.inspect.inspection import pack
-from sglang_metasoft.inspect.model import InspectedModel
 from sglang_metasoft.inspect.page import script_json
 from sglang_metasoft.inspect.prompt import read_prompt
 from sglang_metasoft.pipeline.plan import plan_span
@@ -57,7 +57,7 @@ def test_a_bad_prompt_is_refused_and_leaves_no_file(tmp_path, model_dir, capsys,
     ("argv", "words"),
     [
         (["missing.txt"], "'missing.txt' is no file"),
-        (["--metasoft-method", "magic"], "metasoft method: 'magic' is not allowed; allowed: one of: metasoft"),
+        (["--metasoft-method", "magic"], "metasoft method: 'magic' is not allowed; allowed: one of: auto, metasoft"),
         (["--ratios", "2,x"], "--ratios: '2,x' is not allowed"),
         (["--ratios", "1"], "numbers above 1"),
         (["--max-new-tokens", "0"], "--max-new-tokens: 0"),

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from metasoft_kernels.merge.key_bias import LARGEST_BIAS, UNMATCHED_SHARE, key_bias, log_biases
+from metasoft_kernels.bias.naive import LARGEST_BIAS, UNMATCHED_SHARE, key_bias, log_biases
 from metasoft_kernels.move import add_to_keys
 
 from sglang_metasoft.consolidations.key_directions import AHEAD_TOKENS, FIRST_TOKENS, fit_key_directions
-from sglang_metasoft.consolidations.repeats import ID_BITS, ORDERS, demote_repeats, find_repeats
+from sglang_metasoft.consolidations.repeats import ID_BITS, ORDERS, Repeats, demote_repeats, find_repeats
 from sglang_metasoft.rope import rotate, rotate_all
 from sglang_metasoft.types import Rope
-from tests.unit.methods import CPU, SHAPE, TinyModel, rope_table
+from tests.unit.methods import CPU, SHAPE, TinyModel, layer_with, rope_table
 
 S, G, B, D, SINKS = 60, 3, 20, 16, 2
 
@@ -58,6 +58,20 @@ def test_without_repeats_the_ranking_stays():
     importance = torch.rand(G, S)
     ours = demote_repeats(importance, torch.arange(S))
     torch.testing.assert_close(ours, importance)
+
+
+@pytest.mark.parametrize("kinds", [1, 4, 10**6])
+@pytest.mark.parametrize("low", [0.0, -2.0])
+def test_what_is_said_once_needs_no_sort(kinds, low, monkeypatch):
+    """The same bits, from a sort of the repeated entries alone."""
+    ids, importance = torch.randint(kinds, (500,)), torch.rand(G, 500) ** 30 + low
+    repeats = Repeats(ids)
+    expected = demote_repeats(importance, find_repeats(ids)[0])
+    triples = [tuple(ids[i - 2 : i + 1].tolist()) if i > 1 else i for i in range(500)]
+    assert repeats.repeated.tolist() == [i for i, triple in enumerate(triples) if triples.count(triple) > 1]
+    assert torch.equal(repeats.demote(importance), expected)
+    monkeypatch.setattr(Repeats, "repeated", None)  # as where asking would wait for a device
+    assert torch.equal(repeats.demote(importance), expected)
 
 
 def test_biases_are_the_dropped_attention_by_kind():
@@ -117,7 +131,7 @@ def test_a_direction_serves_queries_at_any_distance_that_was_asked_for(is_neox, 
     rope = Rope(table * factor, is_neox)
     common = torch.randn(1, SHAPE.num_kv_heads, 1, D).expand(1, -1, 2, -1).flatten(1, 2)
     model = TinyModel(CPU)
-    model.rope = lambda: rope
+    model.layers = lambda: [layer_with(rope)] * SHAPE.num_layers
     noise = torch.randn(4096, SHAPE.num_heads, D) / 4
 
     def queries(ids, first=0):
@@ -137,7 +151,7 @@ def test_a_direction_serves_queries_at_any_distance_that_was_asked_for(is_neox, 
 
 def test_the_fit_is_the_ridge_regression():
     found = fit_key_directions(TinyModel(CPU), SHAPE, CPU)
-    rope = TinyModel(CPU).rope()
+    rope = TinyModel(CPU).layers()[0].rope
     ids = range(1024)
     for layer, q in enumerate(TinyModel(CPU).queries(torch.empty(len(ids)))):
         center = rotate(q, rope, 0, backwards=True)[FIRST_TOKENS:]
@@ -180,7 +194,7 @@ def test_a_head_without_queries_has_no_direction(value):
 
 def test_a_model_of_few_positions_reads_as_many_tokens():
     model, asked = TinyModel(CPU), []
-    model.rope = lambda: Rope(rope_table(200), True)
+    model.layers = lambda: [layer_with(Rope(rope_table(200), True))] * SHAPE.num_layers
     take = model.queries
     model.queries = lambda ids: asked.append(ids.numel()) or take(ids)
     found = fit_key_directions(model, SHAPE, CPU)

@@ -72,7 +72,7 @@ class OneLayer:
         self.backend = manager.lora_backend
         self.buffer = torch.zeros(2 * BATCH, WIDTH)
 
-    def model(self, input_ids, positions, batch, input_embeds) -> None:
+    def hidden_states(self, input_ids, positions, batch, embeds) -> None:
         rows = len(input_ids)
         down = torch.zeros(2 * BATCH, RANK)
         down[:, 0] = 1  # as if the first projection had given this for every row, the probe's and those past them
@@ -88,12 +88,13 @@ def probe(manager, lora_ids: list) -> torch.Tensor:
     jobs = [Job(Plan(0, 0, 0, 0), rows, nothing, nothing, nothing, lora_id) for lora_id in lora_ids]
     layer = OneLayer(manager)
     runner = SimpleNamespace(
-        device="cpu", dtype=torch.float32, model=layer, lora_manager=manager,
+        device="cpu", dtype=torch.float32, model=None, lora_manager=manager,
         model_config=SimpleNamespace(context_len=4096),
     )  # fmt: skip
     adapter = SimpleNamespace(forward_scope=lambda *args: contextlib.nullcontext())
     with PageableMemory():
-        run_probe(runner, ProbeBackend(None, None, jobs, None), torch.zeros(len(jobs), dtype=torch.int64), adapter)
+        backend = ProbeBackend(torch.nn.Module(), None, None, jobs, None)
+        run_probe(runner, layer, backend, torch.zeros(len(jobs), dtype=torch.int64), adapter)
     assert (layer.buffer == layer.buffer[:, :1]).all()
     return layer.buffer[:, 0]
 
@@ -144,10 +145,10 @@ def test_each_adapter_has_its_own_consolidation_until_it_is_unloaded(name, monke
     consolidation_class = load_consolidation(name)
     if name == "key_bias":
         monkeypatch.setattr(consolidation_class, "prepare", lambda self, model: asked.append(model.lora_id))
-    monkeypatch.setattr(stages, "SGLangModel", lambda scheduler, adapter, embed, lora_id: Model(lora_id))
+    monkeypatch.setattr(stages, "SGLangModel", lambda scheduler, adapter, served, embed, lora_id: Model(lora_id))
     adapters = {"a": None, "b": None}
     runner = stages.ProbeRunner.__new__(stages.ProbeRunner)
-    runner.scheduler = runner.adapter = None
+    runner.scheduler = runner.adapter = runner.model = None
     runner.runner = SimpleNamespace(lora_manager=SimpleNamespace(loras=adapters))
     runner.method = SimpleNamespace(consolidation=consolidation_class(None, None, None))
     runner.adapter_consolidations = lora.AdapterConsolidations(runner.runner, runner._prepare_for)

@@ -220,6 +220,70 @@ def test_nestedkv_is_blind_to_the_length_of_keys():
     torch.testing.assert_close(method.score_layer(view).importance, method.score_layer(longer).importance)
 
 
+def test_keydiff_is_minus_the_cosine_with_the_mean_direction():
+    method, view = make_method("keydiff"), make_view(0)
+    keys = view.pool.key * torch.linspace(0.1, 5, SPAN + TAIL)[:, None, None]  # so that a mean of plain keys differs
+    importance = method.score_layer(view._replace(pool=view.pool._replace(key=keys))).importance
+    for group in range(GROUPS):
+        unit = [key / key.norm() for key in keys[:SPAN, group]]
+        anchor = sum(unit) / SPAN
+        expected = [-torch.dot(key, anchor) / anchor.norm() for key in unit]
+        torch.testing.assert_close(importance[group], torch.stack(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_snapkv_keydiff_gives_a_quarter_to_attention_and_the_rest_to_unlike_keys():
+    view = make_view(8)
+    both, snapkv, keydiff = (make_method(name) for name in ("snapkv_keydiff", "snapkv", "keydiff"))
+    scores, attention, unlike = (method.score_layer(view) for method in (both, snapkv, keydiff))
+    assert torch.equal(scores.mass, attention.importance)
+    for group in range(GROUPS):
+        seen, apart, best = (
+            importance[group].argsort(descending=True).tolist()
+            for importance in (attention.importance, unlike.importance, scores.importance)
+        )
+        for quarter in (1, 3, 6):
+            assert set(seen[:quarter]) | set(apart[: 3 * quarter]) <= set(best[: 4 * quarter])
+        assert set(seen[:9]) - set(best[:12])
+
+
+def random_scores(ids=None, layer=1, first_kv_head=0, groups=GROUPS):
+    method, view = make_method("random"), make_view(16)
+    prompt = make_prompt()
+    prompt = prompt if ids is None else prompt._replace(span_ids=ids)
+    view = view._replace(job=make_job(method.probe(prompt)), layer=layer, first_kv_head=first_kv_head)
+    pool = view.pool._replace(key=view.pool.key[:, :groups], value=view.pool.value[:, :groups])
+    heads = groups * RATIO
+    return method.score_layer(view._replace(pool=pool, q=view.q[:, :heads], lse=view.lse[:, :heads]))
+
+
+def test_random_draws_once_for_a_span_on_whatever_rank_a_head_lies():
+    draws = random_scores().importance
+    assert torch.equal(random_scores().importance, draws)
+    assert torch.equal(random_scores(first_kv_head=1, groups=1).importance, draws[1:2])
+
+
+@pytest.mark.parametrize("what", ["layer", "head", "order", "token"])
+def test_random_draws_anew_for_whatever_differs(what):
+    draws, ids = random_scores().importance, make_prompt().span_ids.clone()
+    if what == "token":
+        ids[7] += 1
+    elif what == "order":
+        ids[[7, 8]] = ids[[8, 7]]
+    others = {"layer": random_scores(layer=2).importance, "head": draws.roll(1, 0)}
+    other = others[what] if what in others else random_scores(ids).importance
+    assert torch.corrcoef(torch.stack([draws.flatten(), other.flatten()]))[0, 1].abs() < 0.15
+
+
+def test_random_draws_are_uniform_and_its_mass_is_the_windows_attention():
+    ids = torch.arange(SPAN)
+    draws = torch.stack([random_scores(ids + number).importance for number in range(20)])
+    assert draws.min() >= 0 and draws.max() < 1
+    counts = torch.histc(draws, bins=10, min=0, max=1) / draws.numel()
+    assert (counts - 0.1).abs().max() < 0.015  # of 12,000 draws
+    assert (draws.mean((0, 1)) - 0.5).abs().max() < 0.2  # at every place
+    torch.testing.assert_close(random_scores().mass, make_method("metasoft").score_layer(make_view(16)).importance)
+
+
 @pytest.mark.parametrize("is_neox", [True, False])
 def test_rotation_is_rope_and_turns_back(is_neox):
     rope = Rope(rope_table(d=8), is_neox)  # the last 8 of 16 dimensions do not turn

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from metasoft_kernels.move import add_to_keys
-from metasoft_kernels.move.fused import move
 from metasoft_kernels.probe.fused import attend
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,16 +82,15 @@ def test_a_fused_batch_reads_no_value_and_allocates_in_proportion_to_its_length(
             with LargestTensor() as tensors:
                 batch = FusedBatch([job, job], method, attend)
                 _, consolidated, flags = batch.compress(q, k, v, pool, method.gate_scale(1, 0, 3), 1)
-                move(
-                    pool.key, pool.value, batch.span_slots, consolidated.kept_rows, batch.new_slots, consolidated.values
-                )
-                if consolidated.key_moves is not None:
-                    add_to_keys(pool.key, batch.new_slots, consolidated.key_moves)
+                batch.write(pool, consolidated)
             largest.append(tensors.elements)
             assert flags == [] and consolidated.kept_rows.shape == (3, 2 * (span // 4))
     assert largest[1] <= 4.1 * largest[0]
     names = [launch.kernel.__name__.strip("_") for launch in launches]
     own_score = 1 if FUSED_METHODS[name] else 2  # a method with a score of its own is asked job by job
-    expected = ["attend_part", "merge_parts", *["importance"] * own_score, "split_top"]
-    expected += ["route", "carry", "flow"] if consolidation == "attention_flow" else []
+    expected = ["attend_part", "merge_parts", *["importance"] * own_score]
+    if consolidation == "key_bias":
+        assert names == [*expected, "demote", "split_top", "pass_on", "pass_on", "biases", "move_biased"]
+        return
+    expected += ["split_top", *(["route", "carry", "flow"] if consolidation == "attention_flow" else [])]
     assert names == [*expected, "move"]

@@ -74,6 +74,9 @@ def test_no_method_hides_what_is_not_finite(name):
     """SnapKV pools over neighbours: a NaN there must come out as one."""
     method = make_method(name)
     view = make_view(PROBE)
+    if name == "random":  # its probe carries what it draws from
+        job = view.job
+        view = view._replace(job=job._replace(probe=job.probe._replace(method_inputs=torch.tensor(7))))
     for tensor in (view.q, view.lse, view.pool.key):
         tensor[0, 0] = float("nan")
     scores = method.score_layer(view)

@@ -116,3 +116,26 @@ def test_every_draft_of_a_request_has_the_offset_of_the_request(mode):
     hooks = adapter.hooks.SchedulerHooks(MetaSoftConfig(), adapter)
     hooks.shift_positions(forward_batch, ForwardBatch, batch, RUNNER)
     assert forward_batch.positions.tolist() == [1507, 1508, 1508, 90, 91, 91]
+
+
+def test_while_nothing_changes_a_decode_step_moves_nothing_to_the_device(monkeypatch):
+    from metasoft_patches.scheduler import positions
+
+    moved, to_device = [], positions.to_device
+    monkeypatch.setattr(positions, "to_device", lambda *args: moved.append(args) or to_device(*args))
+    adapter = load_adapter()
+    shift = positions.PositionShift(adapter)
+
+    def step(batch, *given) -> list[int]:
+        forward_batch = SimpleNamespace(positions=torch.tensor(given))
+        shift.apply(forward_batch, batch)
+        return forward_batch.positions.tolist()
+
+    batch = make_batch(ForwardMode.DECODE, [1500, 0], [501, 8])
+    assert [step(batch, 500 + n, 7 + n) for n in range(3)] == [[2000 + n, 7 + n] for n in range(3)] and len(moved) == 1
+    batch.reqs[1].metasoft.use_prefix(batch.reqs[1], make_prefix(300, 100))  # what came after it was compressed
+    assert step(batch, 503, 10) == [2003, 210] and len(moved) == 2
+    batch.reqs.pop(0)
+    assert step(batch, 11) == [211] and len(moved) == 3
+    batch.reqs.append(make_batch(ForwardMode.DECODE, [1500], [501]).reqs[0])
+    assert step(batch, 12, 504) == [212, 2004] and len(moved) == 4

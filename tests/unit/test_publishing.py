@@ -46,6 +46,18 @@ def test_a_client_cannot_pin_its_prefix(policy):
     assert kept == ([False, False] if policy == "lru" else [True, False])
 
 
+def test_one_prompt_has_other_virtual_ids_for_every_tenant_setting_and_generation_of_weights():
+    machine, ids = Machine(12_800), set()
+    others = [{}, {"salt": "a"}, {"salt": "b"}, {"ratio": 2}, {"salt": "a", "ratio": 2}]
+    for generation in range(2):
+        for fields in others:
+            state = serve(machine, PROMPT, **fields)
+            assert state.reused_tokens == 0 and not ids.intersection(state.compressed.virtual_ids)
+            ids.update(state.compressed.virtual_ids)
+        machine.compressor.namespaces.generation = generation + 1
+        machine.tree.prefixes.clear()
+
+
 @pytest.mark.parametrize("priority", [None, -(1 << 63)])
 def test_raw_twins_go_before_any_prefix(priority):
     """Ten prompts of 1,500 tokens in a pool that holds one raw and six others compressed."""

@@ -159,6 +159,7 @@ def test_the_stages_note_weights_that_do_not_fit_and_recover(tmp_path, caplog):
     served = Served(tmp_path)
     runner = ProbeRunner.__new__(ProbeRunner)
     runner.config, runner.scheduler, runner.adapter, runner.runner = MetaSoftConfig(), None, None, None
+    runner.model = None
     runner.method, runner.unfit, runner.is_stale = served.method("metasoft", trained=True), None, True
     table = served.table
     with pytest.MonkeyPatch.context() as patch:

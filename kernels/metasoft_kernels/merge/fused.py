@@ -104,7 +104,7 @@ def _sum(
     return flow, tl.sum(load, 0), tl.sum(moved, 0)
 
 
-@triton.jit(do_not_specialize=["dropped_total", "kept_total"])
+@triton.jit(do_not_specialize=["dropped_total", "kept_total", "importance_stride"])
 def _carry(
     v, slots, importance, dropped_rows, weight, order, sorted_keys, bounds, dropped_total, targets, kept_total,
     importance_stride, v_stride, v_scale, carried, carried_mass, D: tl.constexpr, BLOCK: tl.constexpr,
@@ -125,7 +125,10 @@ def _carry(
         tl.store(carried_mass + cut * 2 + 1, moved)
 
 
-@triton.jit(do_not_specialize=["dropped_total", "kept_total"])
+@triton.jit(
+    do_not_specialize=["dropped_total", "kept_total", "importance_stride"],
+    do_not_specialize_on_alignment=["gate_scale"],  # a layer's
+)
 def _flow(
     v, slots, importance, dropped_rows, weight, order, sorted_keys, bounds, dropped_total, targets, kept_total,
     importance_stride, v_stride, v_scale, carried, carried_mass, kept_rows, gate_scale, merged, is_finite,

@@ -49,3 +49,26 @@ def add_to_keys(k_buffer: torch.Tensor, slots: torch.Tensor, moves: torch.Tensor
     bits = torch.uint8 if k_buffer.dtype.itemsize == 1 else k_buffer.dtype
     keys = k_buffer.view(bits)[slots].view(k_buffer.dtype).float() * k_scale
     k_buffer.view(bits)[slots] = ((keys + moves) / k_scale).to(k_buffer.dtype).view(bits)
+
+
+def move_biased(
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    slots: torch.Tensor,
+    kept: torch.Tensor,
+    new_slots: torch.Tensor,
+    biases: torch.Tensor,
+    directions: torch.Tensor,
+    scale: float,
+    k_scale: float = 1.0,
+) -> None:
+    """:func:`move` with values as they were, and keys that carry a bias.
+
+    Args:
+        biases: ``[G, B]`` float32, what is to be added to the logit of each kept entry.
+        directions: ``[G, d]`` float32 with ``q·u`` near 1 for every query to come.
+        scale: factor on q·k.
+        k_scale: what quantized pool entries are multiplied by on reading.
+    """
+    move(k_buffer, v_buffer, slots, kept, new_slots)
+    add_to_keys(k_buffer, new_slots, biases.t().unsqueeze(-1) * (directions / scale), k_scale)

@@ -15,7 +15,8 @@ from metasoft_kernels.probe.ring import Ring
 from metasoft_kernels.ragged import Ragged, ragged
 
 WORKSPACE_BYTES = 128 * 2**20  # shared by all plans: written and read within one run, and runs are in stream order
-MAX_PLANS = 8  # in flight, each with 8 MiB on either side; two batches of SGLang's with some spans a prompt have fewer
+MAX_PLANS = 8  # in flight; two batches of SGLang's with some spans a prompt have fewer
+PLAN_BYTES = 8 * 2**20  # of each, on the device and on the host
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
 
@@ -76,9 +77,10 @@ class FlashInferProbe:
         if self.planned is None or self.planned[0] is not slots or self.planned[1] != scale:
             self._plan(slots, probe, context, scale)
         pages = (k_buffer.unsqueeze(1), v_buffer.unsqueeze(1))  # a page of one slot fits any page size
+        q = q.contiguous()
         out, lse = self.wrapper.run(q, pages, return_lse=True)
         # FlashInfer's log-sum-exp has base 2.
-        return merge_with_self(q, out, lse * math.log(2), k_new, v_new, probe, scale)
+        return merge_with_self(q, out, lse, k_new, v_new, probe, scale, math.log(2))
 
     def _plan(self, slots: torch.Tensor, probe: Ragged, context: Ragged, scale: float) -> None:
         """From lengths on the host, so that nothing waits for the device."""

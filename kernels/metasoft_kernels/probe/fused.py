@@ -5,6 +5,8 @@ rows. A second kernel merges the parts by their log-sum-exp (as FlashAttention's
 own tokens, seen causally, are one more part.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -44,14 +46,30 @@ def attend(
     """
     groups = k_buffer.shape[1]
     blocks = triton.cdiv(probe.longest * (q.shape[1] // groups), _block_rows(q, probe, groups))
-    wanted = triton.cdiv(PROGRAMS, blocks * groups * context.num_requests)
-    part_tokens = max(SHORTEST_PART, triton.cdiv(triton.cdiv(context.longest, wanted), 128) * 128)
-    parts = triton.cdiv(context.longest, part_tokens)
+    parts, part_tokens = _cut(context.lengths, blocks * groups)
     scratch = _scratch(q, parts)
     launch_parts(
         scratch, q, k_buffer, v_buffer, slots, k_new, v_new, probe, context, scale, k_scale, v_scale, parts, part_tokens
     )
     return merge_parts(q, scratch, probe, context.starts, part_tokens)
+
+
+def _cut(contexts: Sequence[int], programs: int) -> tuple[int, int]:
+    """Parts of the longest context, and tokens of a part, if one part of all requests takes so many programs."""
+    wanted = triton.cdiv(PROGRAMS, programs * len(contexts))
+    part_tokens = max(SHORTEST_PART, triton.cdiv(triton.cdiv(max(contexts), wanted), 128) * 128)
+    return triton.cdiv(max(contexts), part_tokens), part_tokens
+
+
+def scratch_bytes(probes: Sequence[int], contexts: Sequence[int], heads: int, groups: int, d: int) -> int:
+    """At most that much memory :func:`attend` takes beside its result.
+
+    Args:
+        probes, contexts: of each request its probe's tokens and the entries that they see.
+        heads, groups, d: query heads, KV heads and their size.
+    """
+    parts, _ = _cut(contexts, groups)
+    return (parts + 1) * sum(probes) * heads * (d + 1) * 4
 
 
 def merge_with_self(
@@ -62,20 +80,28 @@ def merge_with_self(
     v_new: torch.Tensor,
     probe: Ragged,
     scale: float,
+    lse_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add the probe's own tokens, seen causally, to attention over the prompt that another kernel has computed.
 
     Args:
-        out, lse: ``[sum t, H, d]`` and ``[sum t, H]`` (natural logarithm) over the prompt.
+        out, lse: ``[sum t, H, d]`` and ``[sum t, H]`` over the prompt, contiguous.
+        lse_scale: what makes natural logarithms of them.
 
     Returns:
         As :func:`attend`.
     """
-    scratch = _scratch(q, parts=1)
-    scratch[0][0], scratch[1][0] = out, lse
-    launch_parts(scratch, q, k_new, v_new, probe.starts, k_new, v_new, probe, probe, scale, 1.0, 1.0, 0, 1)
-    # Every context counts as one part here: the one that was computed elsewhere.
-    return merge_parts(q, scratch, probe, torch.arange(probe.num_requests + 1, dtype=torch.int32, device=q.device), 1)
+    heads, d = q.shape[1:]
+    groups = k_new.shape[1]
+    whole, whole_lse = torch.empty_like(out), torch.empty_like(lse)
+    block_rows = _block_rows(q, probe, groups)
+    _attend_own[(triton.cdiv(probe.longest * (heads // groups), block_rows), groups, probe.num_requests)](
+        q, k_new, v_new, out, lse, whole, whole_lse, probe.starts, q.stride(0), k_new.stride(0), v_new.stride(0),
+        lse_scale, scale, HEADS=heads, R=heads // groups, D=d, BLOCK_M=block_rows,
+        BLOCK_N=rows_for(d, q.dtype, most=64), BLOCK_D=padded(d), OPERAND=operand_type(q.dtype), PRECISION=PRECISION,
+        num_warps=8 if block_rows * padded(d) > 8192 else 4, num_stages=2,
+    )  # fmt: skip
+    return whole, whole_lse
 
 
 def _block_rows(q: torch.Tensor, probe: Ragged, groups: int) -> int:
@@ -121,7 +147,7 @@ def merge_parts(q, scratch, probe, context_starts, part_tokens) -> tuple[torch.T
     return out, lse
 
 
-@triton.jit(do_not_specialize=["parts", "own_part"])
+@triton.jit(do_not_specialize=["parts", "own_part", "lse_stride"])
 def _attend_part(
     q, k, v, slots, k_new, v_new, part_out, part_lse, probe_starts, context_starts, q_stride, k_stride, v_stride,
     k_new_stride, v_new_stride, out_stride, lse_stride, parts, own_part, part_tokens, scale, k_scale, v_scale,
@@ -184,6 +210,42 @@ def _attend_part(
 
 
 @triton.jit
+def _attend_own(
+    q, k_new, v_new, out, lse, whole, whole_lse, probe_starts, q_stride, k_stride, v_stride, lse_scale, scale,
+    HEADS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The probe's own tokens on top of what has been seen already."""
+    block, group, job = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    probe_start = tl.load(probe_starts + job)
+    tokens = tl.load(probe_starts + job + 1) - probe_start
+    if block * BLOCK_M < tokens * R:
+        row, column = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        inside, real = row < tokens * R, column < D
+        token, head = row // R, group * R + row % R
+        at = (probe_start + token).to(tl.int64) * HEADS + head
+        cell, mask = at[:, None] * D + column[None, :], inside[:, None] & real[None, :]
+        queries = tl.load(
+            q + (probe_start + token).to(tl.int64)[:, None] * q_stride + head[:, None] * D + column[None, :],
+            mask=mask,
+            other=0.0,
+        ).to(OPERAND)
+        top = tl.load(lse + at, mask=inside, other=0.0) * lse_scale
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+        acc = tl.load(out + cell, mask=mask, other=0.0).to(tl.float32)
+        for first in range(0, tokens, BLOCK_N):
+            entry = first + tl.arange(0, BLOCK_N)
+            where = (probe_start + entry).to(tl.int64)[:, None]
+            own, offset = (entry < tokens)[:, None] & real[None, :], group * D + column[None, :]
+            keys = tl.load(k_new + where * k_stride + offset, mask=own, other=0.0).to(OPERAND)
+            values = tl.load(v_new + where * v_stride + offset, mask=own, other=0.0).to(OPERAND)
+            seen = (entry[None, :] <= token[:, None]) & (entry < tokens)[None, :]
+            top, total, acc = _step(queries, keys, values, seen, scale, top, total, acc, OPERAND, PRECISION)
+        tl.store(whole + cell, acc / total[:, None], mask=mask)
+        tl.store(whole_lse + at, top + tl.log(total), mask=inside)
+
+
+@triton.jit
 def _step(queries, keys, values, seen, scale, top, total, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
     logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     logits = tl.where(seen, logits, float("-inf"))
@@ -195,7 +257,7 @@ def _step(queries, keys, values, seen, scale, top, total, acc, OPERAND: tl.const
     return new_top, total, acc
 
 
-@triton.jit(do_not_specialize=["own_part"])
+@triton.jit(do_not_specialize=["own_part", "out_stride", "lse_stride"])
 def _merge_parts(
     part_out, part_lse, out, lse, probe_starts, context_starts, out_stride, lse_stride, own_part, part_tokens,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,

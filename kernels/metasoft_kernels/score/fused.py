@@ -45,7 +45,7 @@ def importance(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["out_stride"])
 def _importance(
     q, k, slots, lse, out, probe_starts, span_starts, q_stride, k_stride, out_stride, scale,
     HEADS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -1,8 +1,8 @@
 """Selection without a sort: the B-th largest importance by its digits, then one compaction that keeps the order.
 
 One program per KV head and request. Four passes count how often each 8-bit digit occurs and narrow down the cut; a
-fifth writes kept and dropped entries in ascending order. Of entries that equal the cut the first ones stay, so the
-result is the stable sort's.
+fifth writes kept and dropped entries in ascending order, or kept ones and for each entry whether it stays. Of entries
+that equal the cut the first ones stay, so the result is the stable sort's.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from metasoft_kernels.ragged import Ragged
 
-BLOCK = 4096
+SMALLEST_BLOCK, BLOCK = 256, 4096  # a power of two of entries between them, for which the kernel is compiled
 
 
 def split_top(
@@ -32,12 +32,32 @@ def split_top(
     kept_rows, dropped_rows = (
         torch.empty(groups, axis.total, dtype=torch.int32, device=importance.device) for axis in (kept, dropped)
     )
-    block = min(BLOCK, max(256, triton.next_power_of_2(span.longest)))
-    _split_top[(groups, span.num_requests)](
-        importance, sink_tokens, kept_rows, dropped_rows, span.starts, kept.starts, dropped.starts, span.total,
-        kept.total, dropped.total, BLOCK=block, num_warps=8,
-    )  # fmt: skip
+    _launch(importance, sink_tokens, kept_rows, dropped_rows, span, kept, dropped, marks=False)
     return kept_rows, dropped_rows
+
+
+def mark_top(
+    importance: torch.Tensor, sink_tokens: torch.Tensor, span: Ragged, kept: Ragged, kept_rows: torch.Tensor
+) -> torch.Tensor:
+    """:func:`split_top` for who asks of each entry whether it stays.
+
+    Args:
+        kept_rows: ``[G, sum B]`` int32, contiguous, is filled with the kept entries.
+
+    Returns:
+        ``[G, sum S]`` int8: 1 where an entry stays, else 0.
+    """
+    is_kept = torch.empty(importance.shape, dtype=torch.int8, device=importance.device)
+    _launch(importance, sink_tokens, kept_rows, is_kept, span, kept, kept, marks=True)
+    return is_kept
+
+
+def _launch(importance, sink_tokens, kept_rows, rest, span: Ragged, kept: Ragged, dropped: Ragged, marks: bool) -> None:
+    block = min(BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(span.longest)))
+    _split_top[(importance.shape[0], span.num_requests)](
+        importance, sink_tokens, kept_rows, rest, span.starts, kept.starts, dropped.starts, span.total, kept.total,
+        dropped.total, BLOCK=block, MARKS=marks, num_warps=8,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -52,10 +72,10 @@ def _order(importance, at, entry, inside, sinks):
     return tl.where(entry < sinks, 0xFFFFFFFF, ordered).to(tl.uint32)
 
 
-@triton.jit(do_not_specialize=["span_total", "kept_total", "dropped_total"])
+@triton.jit(do_not_specialize=["span_total", "kept_total", "dropped_total"], do_not_specialize_on_alignment=["kept"])
 def _split_top(
-    importance, sink_tokens, kept, dropped, span_starts, kept_starts, dropped_starts, span_total, kept_total,
-    dropped_total, BLOCK: tl.constexpr,
+    importance, sink_tokens, kept, rest, span_starts, kept_starts, dropped_starts, span_total, kept_total,
+    dropped_total, BLOCK: tl.constexpr, MARKS: tl.constexpr,
 ):  # fmt: skip
     group, job = tl.program_id(0).to(tl.int64), tl.program_id(1)
     start = tl.load(span_starts + job)
@@ -90,7 +110,10 @@ def _split_top(
         stays = inside & ((ordered > cut) | ((is_equal > 0) & (equal_before < wanted)))
         position = above + tl.cumsum(stays.to(tl.int32), 0) - stays.to(tl.int32)
         tl.store(kept + group * kept_total + kept_start + position, start + entry, mask=stays)
-        rest = dropped + group * dropped_total + dropped_start + entry - position
-        tl.store(rest, start + entry, mask=inside & (stays == 0))
+        if MARKS:
+            tl.store(rest + at + entry, stays.to(tl.int8), mask=inside)
+        else:
+            dropped = rest + group * dropped_total + dropped_start + entry - position
+            tl.store(dropped, start + entry, mask=inside & (stays == 0))
         above += tl.sum(stays.to(tl.int32), 0)
         equal += tl.sum(is_equal, 0)

@@ -7,8 +7,6 @@ move, the span's go back to the allocator or stay in the radix tree. Nothing in 
 from array import array
 
 import torch
-from metasoft_kernels.move import add_to_keys
-from metasoft_kernels.move.fused import move
 from sglang.srt.mem_cache.common import evict_from_tree_cache
 
 from metasoft_patches.adapter import Adapter
@@ -53,12 +51,7 @@ class Committer:
             entries: what ``batch`` made of that layer.
         """
         if isinstance(entries, Consolidated) and isinstance(batch, FusedBatch):  # straight from pool to pool
-            move(
-                pool.key, pool.value, batch.span_slots, entries.kept_rows, batch.new_slots, entries.values,
-                pool.value_scale,
-            )  # fmt: skip
-            if entries.key_moves is not None:
-                add_to_keys(pool.key, batch.new_slots, entries.key_moves, pool.key_scale)
+            batch.write(pool, entries)
             return
         assert isinstance(entries, Merged)
         # set_kv_buffer divides by the scales in place when it quantizes: these tensors are ours alone.

@@ -1,6 +1,7 @@
 """The subcommand ``doctor``: can this machine, this model and these server flags run with compression?"""
 
 import argparse
+import dataclasses
 import json
 
 from metasoft_patches.doctor import machine_checks
@@ -26,16 +27,16 @@ def main(argv: list[str]) -> int:
 
         check, shape = model_checks.model(args.model_path)
         checks.append(check)
-        if args.metasoft_path is not None:
-            checks.append(model_checks.compressor(args.metasoft_path, shape))
         can_ask = shape is not None and all(check.status != "problem" for check in checks if check.name in NEEDED)
-        server = None
+        server, features = None, [Check("features", "skipped", "SGLang and the model must be sound first")]
+        if shape is None and (of_file := model_checks.family_in_file(args.model_path)) is not None:
+            checks.append(of_file)
         if can_ask:
-            found, server = model_checks.server(args.model_path, args.server_flags)
-            checks += found
-        else:
-            why = "SGLang and the model must be sound first"
-            checks.append(Check("features", "skipped", why))
+            features, server = model_checks.server(args.model_path, args.server_flags)
+        config = server.config if server else MetaSoftConfig()
+        if args.metasoft_path is not None:
+            config = dataclasses.replace(config, path=args.metasoft_path)
+        checks += [model_checks.compressor(config, shape), *features]
         if shape is not None and args.prompt_tokens is not None:
             estimate = model_checks.estimate(args, shape, server)
             checks.append(model_checks.fit(estimate))
@@ -52,6 +53,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="sglang-metasoft doctor",
         description="Say whether this machine can run compression, and what to do where it cannot. Loads no weights.",
+        usage="%(prog)s [MODEL] [options] [-- server flags]",
         epilog="Exit code: 0 no problem, 1 problems, 2 wrong usage. Server flags follow --, as for launch_server: "
         "sglang-metasoft doctor --model-path M -- --tp 2 --metasoft-ratio 8",
     )
@@ -66,7 +68,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     size.add_argument("--memory-gib", type=float, help="size of the KV pool of one rank, in GiB")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("server_flags", nargs="*", help="flags of the server, after --")
-    args = parser.parse_args(argv)
+    is_model_first = argv and not argv[0].startswith("-")
+    args = parser.parse_args(["--model-path", *argv] if is_model_first else argv)
     for name in ("prompt_tokens", "output_tokens", "chunk_tokens", "pool_tokens", "memory_gib"):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -118,4 +121,5 @@ def _table(estimate: dict) -> list[str]:
             "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ),
+        f"compressing one takes at most {estimate['workspace_bytes'] / 2**20:,.0f} MiB of a GPU beside the pool",
     ]

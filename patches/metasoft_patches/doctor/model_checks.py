@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import NamedTuple
 
 import torch
 
-from metasoft_patches import compat
+from metasoft_patches import compat, families
 from metasoft_patches.cpu import DEFAULT_MEMORY_FRACTION, DEFAULT_POOL_TOKENS
 from metasoft_patches.doctor.machine_checks import Check
-from sglang_metasoft.compressor.files import check_compressor
+from sglang_metasoft.compressor.find import GIVEN, check_given
 from sglang_metasoft.config import MetaSoftConfig
+from sglang_metasoft.hf.rows import embed_from_files
 from sglang_metasoft.hf.shape import kv_bytes_per_entry, read_config, read_shape
+from sglang_metasoft.methods import auto, load_method
 from sglang_metasoft.pipeline.estimate import fit_compressed, fit_raw
+from sglang_metasoft.pipeline.memory import LIST_BYTES, WORKSPACE_BYTES
 from sglang_metasoft.types import ModelShape
 
 GIB = 2**30
@@ -51,15 +55,38 @@ def model(path: str) -> tuple[Check, ModelShape | None]:
     return Check("model", "ok", found), shape
 
 
-def compressor(path: str, shape: ModelShape | None) -> Check:
-    """Whether a trained compressor is whole and fits the model."""
+def family_in_file(path: str) -> Check | None:
+    """What is said of a model's class where nothing but its name can be read, if it is one that is refused."""
+    try:
+        names = json.loads((Path(path) / "config.json").read_text()).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return None
+    family = families.BY_CLASS.get(names[0]) if names else None
+    if family is None or family.verdict is not families.Verdict.REFUSED:
+        return None
+    return _problem(compat.of_class(names[0], family.words))
+
+
+def compressor(config: MetaSoftConfig, shape: ModelShape | None) -> Check:
+    """Which compressor a server with these settings would serve, and whether it fits the model."""
     if shape is None:
         return Check("compressor", "skipped", "the model must be readable first")
+    embed, cpu = embed_from_files(shape.name, shape), torch.device("cpu")
     try:
-        config = check_compressor(path, shape)
+        found, served = auto.find(config, shape, embed, cpu), auto.without_compressor(config)
+        if found is None:
+            load_method(served.method).check(served, shape, 1)
+        elif found.origin == GIVEN and embed is not None:
+            check_given(found, shape, embed, cpu)
     except ValueError as error:
         return Check("compressor", "problem", str(error), "use a compressor trained for this model, or none")
-    return Check("compressor", "ok", f"{config['sizes']['count']} soft tokens, trained for {config['model']['name']}")
+    if found is None and not auto.searches(config):
+        return Check("compressor", "skipped", f"method {config.method} needs none")
+    if found is None:
+        instead = f"method {served.method}, consolidation {served.consolidation or 'its own'}, is served"
+        return Check("compressor", "ok", f"none found for this model: {instead}", auto.fit_command(shape))
+    unsure = "" if embed is not None else "; embedding rows are compared when the server starts"
+    return Check("compressor", "ok", found.description + unsure, auto.beyond_report(config, found))
 
 
 def server(model_path: str, flags: list[str]) -> tuple[list[Check], Server | None]:
@@ -81,11 +108,10 @@ def server(model_path: str, flags: list[str]) -> tuple[list[Check], Server | Non
         raise
     except Exception as error:  # whatever SGLang raises says why it would not start
         return [Check("features", "problem", f"SGLang refuses: {error}", "change the server flags")], None
-    refused = [refusal for refusal in compat.REFUSED if refusal.is_on(settings, model_config)]
-    checks = [
-        Check("features", "problem", f"cannot run with {refusal.feature}: {refusal.why}", f"without {refusal.setting}")
-        for refusal in refused
-    ]
+    refused = compat.refusals(settings, model_config)
+    checks = [_problem(refusal) for refusal in refused]
+    if all(refusal.setting != compat.MODEL for refusal in refused):
+        checks.insert(0, Check("family", "ok", families.verdict_on(model_config)))
     found = Server(
         config=args._metasoft,
         tp_size=settings.tp_size,
@@ -94,7 +120,17 @@ def server(model_path: str, flags: list[str]) -> tuple[list[Check], Server | Non
         memory_fraction=settings.mem_fraction_static,
         max_total_tokens=settings.max_total_tokens,
     )
-    return checks or [Check("features", "ok", f"none of {len(compat.REFUSED)} refused features is on")], found
+    if not refused:
+        checks.append(Check("features", "ok", f"none of {len(compat.REFUSED)} refused features is on"))
+    return checks, found
+
+
+def _problem(refusal: compat.Refusal) -> Check:
+    if refusal.setting == compat.MODEL:
+        remedy = "another model; which are served: docs/support.md"
+        return Check("family", "problem", f"{refusal.feature} is refused: {refusal.why}", remedy)
+    found = f"cannot run with {refusal.feature}: {refusal.why}"
+    return Check("features", "problem", found, f"without {refusal.setting}")
 
 
 def _resolve(argv: list[str]):
@@ -130,6 +166,7 @@ def estimate(args: argparse.Namespace, shape: ModelShape, server: Server | None)
         "pool_source": source,
         "kv_bytes_per_token": entry_bytes,
         "tp_size": server.tp_size,
+        "workspace_bytes": WORKSPACE_BYTES + LIST_BYTES * args.prompt_tokens,
         "requests_raw": fit_raw(**lengths),
         "fits": [fit._asdict() for fit in fits],
     }

@@ -8,8 +8,6 @@ without preparing one gets the base model, never rows of another batch.
 import contextlib
 from collections.abc import Callable, Sequence
 
-from sglang.srt.lora.layers import BaseLayerWithLoRA
-
 from sglang_metasoft.consolidations import Consolidation
 
 
@@ -64,12 +62,6 @@ def changes_embedding(model_runner, lora_id: str | None) -> bool:
         return False
     adapter = manager.loras[lora_id]
     return bool(adapter.added_tokens_embeddings) or any("embed_tokens" in name for name in adapter.embedding_layers)
-
-
-def base_embedding(model):
-    """The base model's embedding: compressors are trained on it and recognize it."""
-    module = model.model.embed_tokens
-    return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
 
 
 class AdapterConsolidations:

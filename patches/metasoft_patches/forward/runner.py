@@ -1,6 +1,8 @@
 """Runs the stages of a compression for the requests of a batch: from their plans to entries in new slots."""
 
+import contextlib
 import hashlib
+import itertools
 import logging
 import re
 import time
@@ -15,19 +17,22 @@ from metasoft_patches.adapter import Adapter
 from metasoft_patches.cache.commit import Committer
 from metasoft_patches.cache.request import RequestState
 from metasoft_patches.forward import lora
+from metasoft_patches.forward.body import attention_modules
 from metasoft_patches.forward.embedding import SharedEmbedding
 from metasoft_patches.forward.kernels import choose_kernels
 from metasoft_patches.forward.probe import ProbeBackend, run_probe, visit_layers
-from metasoft_patches.forward.served_model import SGLangModel
+from metasoft_patches.forward.served_model import Served, SGLangModel
 from metasoft_patches.metrics import Metrics
-from metasoft_patches.scheduler.ranks import Guard
+from metasoft_patches.scheduler.ranks import Guard, first_ranks_choice
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.consolidations import Consolidation
-from sglang_metasoft.methods import load_method
+from sglang_metasoft.methods.auto import serve
 from sglang_metasoft.pipeline.batch import make_batch
 from sglang_metasoft.pipeline.clock import StageClock, no_clock
+from sglang_metasoft.pipeline.memory import LIST_BYTES, batch_bytes, prompts_together
 from sglang_metasoft.pipeline.probe import make_probe
+from sglang_metasoft.pipeline.warm_up import warm_up
 from sglang_metasoft.types import Job, LayerPool, ModelShape, Plan, Probe, Prompt
 
 logger = logging.getLogger(__name__)
@@ -40,10 +45,11 @@ class ProbeRunner:
 
     Args:
         scheduler: SGLang's, fully constructed.
-        config: the server's settings.
+        config: the server's settings; :attr:`config` has what they came to.
         adapter: of this SGLang.
         committer: bound to the scheduler's pools.
         shape: of the served model.
+        model: what start-up has found out about it.
         metrics: None measures nothing.
 
     Raises:
@@ -52,17 +58,20 @@ class ProbeRunner:
 
     def __init__(
         self, scheduler, config: MetaSoftConfig, adapter: Adapter, committer: Committer, shape: ModelShape,
-        metrics: Metrics | None,
+        model: Served, metrics: Metrics | None,
     ) -> None:  # fmt: skip
-        self.scheduler, self.config, self.adapter = scheduler, config, adapter
+        self.scheduler, self.adapter, self.model = scheduler, adapter, model
         self.committer, self.shape = committer, shape
         self.runner = scheduler.tp_worker.model_runner
         self.device = torch.device(self.runner.device)
         self.rank, self.size = get_parallel().attn_tp_rank, get_parallel().attn_tp_size
         self.first_kv_head = self.rank * shape.num_kv_heads // self.size
         self.embedding = SharedEmbedding(self._embed, shape.hidden_size)
-        self.method = load_method(config.method)(config, shape, self.embedding, self.device)
-        self.method.prepare(SGLangModel(scheduler, adapter, self._embed))
+        self.served = serve(config, shape, self.embedding, self.device, self._model_under(), first_ranks_choice)
+        self.method = self.served.method
+        self.config = config = self.method.config  # names the method and the compressor that were found
+        for warning in self.served.warnings if self.rank == 0 else ():
+            logger.warning("%s", warning)
         self.adapter_consolidations = lora.AdapterConsolidations(self.runner, self._prepare_for)
         self.is_stale = False  # the weights have changed since
         self.unfit: str | None = None  # why the method cannot serve the present weights
@@ -73,6 +82,32 @@ class ProbeRunner:
         )  # fmt: skip
         self.clock = StageClock(self.device, metrics.stage_timed) if metrics is not None else None
 
+    def warm_up(self) -> None:
+        """Compile what prompts are going to run, on a GPU; on all ranks at the same time, on the forward stream.
+
+        A fault is logged: the server starts all the same, and a prompt that meets it again stays as it is.
+        """
+        if self.device.type != "cuda" or self.kernels.attend is None:
+            return
+        layer = next(iter(attention_modules(self.runner.model)))
+        pools = self.committer.req_to_token_pool, self.committer.pool
+        backend = ProbeBackend(self.runner.model, *pools, [], lambda *args: args[2])
+        try:
+            seconds = warm_up(
+                self.method, self.kernels.attend, backend.layer_pool(layer), layer.tp_q_head_num, self.runner.dtype
+            )
+        except Exception as error:
+            logger.error("MetaSoft: the kernels could not be compiled before the first prompt", exc_info=error)
+        else:
+            logger.info("MetaSoft: kernels compiled and workspace taken in %.1f s", seconds)
+
+    @property
+    def memory(self) -> str:
+        """What a compression takes beside the pool, for the start-up line."""
+        if not self.kernels.workspace_bytes:
+            return "workspace not bounded"
+        return f"workspace at most {self.kernels.workspace_bytes // 2**20} MiB and {LIST_BYTES} bytes a token"
+
     def follow_weights(self) -> None:
         """Bring the method in line with changed weights: on all ranks at the same time, on the forward stream.
 
@@ -81,7 +116,7 @@ class ProbeRunner:
         """
         began = time.perf_counter()
         try:
-            self.method = self.method.follow_weights(SGLangModel(self.scheduler, self.adapter, self._embed))
+            self.method = self.method.follow_weights(self._model_under())
         except ValueError as error:
             self.unfit = str(error)
             logger.error("MetaSoft: no prompt is compressed until the weights are updated again: %s", error)
@@ -100,12 +135,14 @@ class ProbeRunner:
         return self.clock and self.clock.unfinished or "probe"
 
     def _prepare_for(self, lora_id: str) -> Consolidation:
-        model = SGLangModel(self.scheduler, self.adapter, self._embed, lora_id)
-        return self.method.consolidation.prepared_for(model)
+        return self.method.consolidation.prepared_for(self._model_under(lora_id))
+
+    def _model_under(self, lora_id: str | None = None) -> SGLangModel:
+        return SGLangModel(self.scheduler, self.adapter, self.model, self._embed, lora_id)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return lora.base_embedding(self.runner.model)(ids)
+            return self.model.body.table(ids)
 
     def run(self, items: list[tuple[object, Plan, torch.Tensor]]) -> list[bool]:
         """Probe, score, route, merge and write the new slots of all items; runs on the forward stream.
@@ -118,7 +155,6 @@ class ProbeRunner:
             InStepFault: a stage failed on this rank of several, which took part in the whole probe all the same.
         """
         guard = Guard(is_shared=self.size > 1)
-        clock = self.clock or no_clock
         if self.clock is not None:
             self.clock.drop()  # what a compression that failed has left
         for req, _, _ in items:
@@ -126,38 +162,9 @@ class ProbeRunner:
         jobs = [self._make_job_in_step(guard, *item) for item in items]
         trace: list[list] | None = [[] for _ in jobs] if self.config.trace_dir else None
         finite: list[list[torch.Tensor]] = [[] for _ in jobs]
-        batch: Any = None  # of either kind; no layer is compressed before it is made
-        with guard():
-            if guard.error is None:
-                batch = make_batch(jobs, self.method, self.kernels.attend, self.first_kv_head)
-
-        def on_layer(layer, q, k, v, pool):
-            if guard.error is None:
-                with guard():
-                    return compress(layer, q, k, v, pool)
-            return q.new_zeros(*q.shape[:2], layer.v_head_dim)
-
-        def compress(layer, q, k, v, pool):
-            gate_scale = self.method.gate_scale(layer.layer_id, self.first_kv_head, layer.tp_k_head_num)
-            out, entries, flags = batch.compress(q, k, v, pool, gate_scale, layer.layer_id, clock)
-            for number, flag in enumerate(flags):
-                finite[number].append(flag)
-            with clock("write"):
-                self.committer.write(layer, pool, batch, entries)
-            if trace is not None:
-                for number, kept in enumerate(batch.kept_of_jobs(entries)):
-                    trace[number].append((kept.cpu(), *read_entries(pool, jobs[number].new_slots, q.dtype)))
-            return out
-
-        backend = ProbeBackend(self.committer.req_to_token_pool, self.committer.pool, jobs, on_layer)
-        rows = to_device([self.adapter.row_index(req) for req, _, _ in items], torch.int64, self.device)
-        if self.has_probe:
-            try:
-                run_probe(self.runner, backend, rows, self.adapter)
-            finally:
-                lora.hold_back_loads(self.scheduler)
-        else:
-            visit_layers(self.runner, backend)
+        for some in self._together(jobs):
+            rows = [self.adapter.row_index(req) for req, _, _ in items[some]]
+            self._run_together(guard, jobs[some], rows, finite[some], trace and trace[some])
         guard.check()
         with guard():
             if self.clock is not None:
@@ -167,6 +174,65 @@ class ProbeRunner:
                     self._write_trace(req, plan, layers)
         guard.check()
         return [all(flags) for flags in finite] if self.device.type == "cpu" else [True] * len(jobs)
+
+    def _together(self, jobs: list[Job]) -> list[slice]:
+        """Which jobs share a probe and its stages: all, unless that takes more than the workspace.
+
+        By lengths alone, so that all ranks do the same.
+        """
+        if self.kernels.attend is None:
+            return [slice(0, len(jobs))]
+        heads = self.shape.num_heads // self.size
+        groups = max(self.shape.num_kv_heads // self.size, 1)
+
+        def bytes_of(some: slice) -> int:
+            plans, probes = [job.plan for job in jobs[some]], [job.probe for job in jobs[some]]
+            return batch_bytes(
+                [probe.embeds.shape[0] for probe in probes], [probe.context_slots for probe in probes],
+                [(plan.span_tokens, plan.kept_slots) for plan in plans], heads, groups, self.shape.head_dim,
+            )  # fmt: skip
+
+        return prompts_together(len(jobs), bytes_of)
+
+    def _run_together(
+        self, guard: Guard, jobs: list[Job], rows: list[int], finite: list[list[torch.Tensor]], trace: list | None
+    ) -> None:
+        """One probe for these jobs, and the stages layer by layer; ``finite`` and ``trace`` are theirs to add to."""
+        clock = self.clock or no_clock
+        batch: Any = None  # of either kind; no layer is compressed before it is made
+        with guard():
+            if guard.error is None:
+                batch = make_batch(jobs, self.method, self.kernels.attend, self.first_kv_head)
+
+        def on_layer(number, layer, q, k, v, pool):
+            if guard.error is None:
+                with guard():
+                    return compress(number, layer, q, k, v, pool)
+            return q.new_zeros(*q.shape[:2], layer.v_head_dim)
+
+        def compress(number, layer, q, k, v, pool):
+            gate_scale = self.method.gate_scale(number, self.first_kv_head, layer.tp_k_head_num)
+            out, entries, flags = batch.compress(q, k, v, pool, gate_scale, number, clock)
+            for of_job, flag in zip(finite, flags, strict=False):  # none but on a CPU
+                of_job.append(flag)
+            with clock("write"):
+                self.committer.write(layer, pool, batch, entries)
+            if trace is not None:
+                for job, of_job, kept in zip(jobs, trace, batch.kept_of_jobs(entries), strict=True):
+                    of_job.append((kept.cpu(), *read_entries(pool, job.new_slots, q.dtype)))
+            return out
+
+        pools = self.committer.req_to_token_pool, self.committer.pool
+        backend = ProbeBackend(self.runner.model, *pools, jobs, on_layer)
+        if self.has_probe:
+            try:
+                run_probe(
+                    self.runner, self.model.body, backend, to_device(rows, torch.int64, self.device), self.adapter
+                )
+            finally:
+                lora.hold_back_loads(self.scheduler)
+        else:
+            visit_layers(self.runner, backend)
 
     def _make_job_in_step(self, guard: Guard, req, plan: Plan, slots: torch.Tensor) -> Job:
         """The job; or, if this rank of several cannot make it, one of its shapes, with which it joins in the probe."""
@@ -225,7 +291,17 @@ class ProbeRunner:
         folder.mkdir(parents=True, exist_ok=True)
         kept, keys, values = (torch.stack(tensors) for tensors in zip(*layers, strict=True))
         tensors = {"kept": kept, "key": keys, "value": values, "plan": torch.tensor(plan)}
-        save_file(tensors, folder / f"{file_stem(req.rid)}-{plan.start_slots}-rank{self.rank}.safetensors")
+        save_file(tensors, claim_file(folder, f"{file_stem(req.rid)}-{plan.start_slots}-rank{self.rank}"))
+
+
+def claim_file(folder: Path, stem: str) -> Path:
+    """A new, empty file for a trace: numbered if there is one of that name, as requests may have the same id."""
+    for number in itertools.count(1):
+        path = folder / f"{stem}{'' if number == 1 else f'.{number}'}.safetensors"
+        with contextlib.suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            break
+    return path
 
 
 def file_stem(rid: str) -> str:

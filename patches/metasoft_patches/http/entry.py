@@ -10,7 +10,8 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from metasoft_patches.frontend import CARRIER, PREFIX
 from metasoft_patches.http import limits
 from metasoft_patches.http.headers import SCOPE_KEY, SETTINGS, Exchange
-from sglang_metasoft.config import RequestOptions, RequestRefused, shown
+from sglang_metasoft.config import shown
+from sglang_metasoft.request_options import RequestOptions, RequestRefused
 
 # Objects of a request's body in which somebody may look for a place for settings.
 PLACES = ("custom_params", "sampling_params", "parameters", "options", "extra_body", "metadata")

@@ -8,7 +8,8 @@ import json
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from sglang_metasoft.config import RequestOptions, RequestRefused, shown
+from sglang_metasoft.config import shown
+from sglang_metasoft.request_options import RequestOptions, RequestRefused
 
 PREFIX = "x-metasoft-"
 SETTINGS = {PREFIX + name: name for name in RequestOptions.FIELDS.values()}

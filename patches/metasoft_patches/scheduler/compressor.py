@@ -11,8 +11,10 @@ from metasoft_patches.cache.commit import Committer
 from metasoft_patches.cache.namespaces import Namespaces
 from metasoft_patches.cache.prefix_index import CompressedPrefix, make_virtual_ids
 from metasoft_patches.cache.request import RequestState
-from metasoft_patches.forward.model import check_model, model_shape
+from metasoft_patches.forward.fidelity import FidelitySampler
+from metasoft_patches.forward.model_shape import model_shape
 from metasoft_patches.forward.runner import ProbeRunner
+from metasoft_patches.forward.served_model import examine
 from metasoft_patches.metrics import Metrics
 from metasoft_patches.scheduler.fence import LaunchFence
 from metasoft_patches.scheduler.matching import PrefixMatcher
@@ -72,17 +74,30 @@ class SchedulerCompressor:
         self.committer = Committer(scheduler.tree_cache, adapter)
         self.page_size = scheduler.page_size
         self.shape = model_shape(scheduler.model_config)
-        check_model(self.runner.model, self.committer.pool, self.shape)
+        model = examine(scheduler, adapter, self.committer, self.shape, config.kernels)
         reporter = scheduler.metrics_reporter
         has_metrics = reporter.current_scheduler_metrics_enabled
         self.metrics = Metrics(reporter.metrics_collector.labels) if has_metrics else None
         self.ranks, self.fence = Ranks(), LaunchFence(scheduler)
-        self.stages = ProbeRunner(scheduler, config, adapter, self.committer, self.shape, self.metrics)
-        self.namespaces = Namespaces(adapter, f"{config.describe()} {self.stages.method.identity}")
+        self.stages = ProbeRunner(scheduler, config, adapter, self.committer, self.shape, model, self.metrics)
+        method, self.config = self.stages.method, self.stages.config
+        # The settings as given: where a compressor lies may differ from node to node.
+        settings_id = f"{config.describe()} {method.identity} {method.consolidation_name}"
+        self.namespaces = Namespaces(adapter, settings_id)
+        if self.metrics is not None:
+            self.metrics.compressor_served(self.stages.served.kind, self.config.method)
+        self.fidelity = FidelitySampler(
+            scheduler, adapter, self.committer, model.body,
+            config.fidelity_sample if self.metrics is not None else 0.0,
+            config.secret, config.kernels, self.stages.embedding, self._observe_fidelity,
+        )  # fmt: skip
         self.matcher = PrefixMatcher(config, adapter, scheduler.tree_cache, self.namespaces)
+        with self.fence.compression():
+            self.stages.warm_up()
         logger.info(
-            "MetaSoft is active: %s; %s; runs on %s",
-            self.stages.method.description, config.describe(), self.stages.kernels.description,
+            "MetaSoft is active: %s; %s; %s; %s; runs on %s",
+            method.description, self.stages.served.origin, self.config.describe(), self.stages.memory,
+            self.stages.kernels.description,
         )  # fmt: skip
 
     def weights_changed(self) -> None:
@@ -124,8 +139,10 @@ class SchedulerCompressor:
         if not reserved:
             return left_raw
         own = self._run_stages(reserved)
+        agreed = self.ranks.agree(own)
+        self._sample_fidelity(reserved, agreed)
         shrink = [0] * len(batch.reqs)
-        for (position, req, plan, slots, _), mine, outcome in zip(reserved, own, self.ranks.agree(own), strict=True):
+        for (position, req, plan, slots, _), mine, outcome in zip(reserved, own, agreed, strict=True):
             if outcome is Outcome.SOUND:
                 self._commit(req, plan, slots)
                 shrink[position] = plan.saved_slots
@@ -237,6 +254,32 @@ class SchedulerCompressor:
             for item, sound in zip(reserved, is_sound, strict=True)
         ]
 
+    def _sample_fidelity(self, reserved: list[Reserved], outcomes: list[Outcome]) -> None:
+        """Compare both forms of the sampled prompts, before the raw one is let go."""
+        spans = [
+            (item.req, item.plan, item.slots)
+            for item, outcome in zip(reserved, outcomes, strict=True)
+            if outcome is Outcome.SOUND and self._is_last_chunk(item.req) and self.fidelity.wants(item.req.rid)
+        ]
+        if not spans:
+            return
+        try:
+            with self.fence.compression():
+                self.fidelity.compare(spans)
+        except Exception as error:
+            if self.ranks.size > 1:  # the others may wait in the model's collectives
+                logger.critical("MetaSoft: a fault while fidelity was sampled, in which the ranks cannot agree")
+                raise
+            logger.error("MetaSoft: fidelity could not be sampled", exc_info=error)
+            self._count_fault("fidelity")
+        finally:
+            if self.scheduler.enable_overlap:
+                self.scheduler.schedule_stream.wait_stream(self.scheduler.forward_stream)
+
+    def _observe_fidelity(self, kl_nats: float) -> None:
+        if self.metrics is not None:
+            self.metrics.fidelity_sampled(kl_nats)
+
     def _choose(self, batch, left_raw: set[int]) -> list[Chosen]:
         decoding = {id(req) for req in batch.decoding_reqs or ()}
         chosen = []
@@ -275,13 +318,15 @@ class SchedulerCompressor:
             self.metrics.update_gauges(running, self.tree_cache.prefixes)
         if self.stages.clock is not None:
             self.stages.clock.collect()
+        self.fidelity.collect()
 
     def state(self) -> dict:
-        """What ``/server_info`` shows: method, settings, size of the index."""
+        """What ``/server_info`` shows: method, compressor, settings, size of the index."""
         index = self.tree_cache.prefixes
         settings = {name: getattr(self.config, name) for name in settings_of()}
         return settings | {
             "active": self.stages.method.description,
+            "compressor": self.stages.served.state,
             "runs_on": self.stages.kernels.description,
             "weights": self.stages.unfit or "fit",
             "index_prefixes": len(index),

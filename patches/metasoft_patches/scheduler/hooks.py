@@ -3,7 +3,6 @@
 import functools
 
 import numpy as np
-import torch
 
 from metasoft_patches.adapter import Adapter
 from metasoft_patches.cache.prefix_index import FIRST_VIRTUAL_ID
@@ -13,9 +12,10 @@ from metasoft_patches.hooks.install import verify_hooks
 from metasoft_patches.scheduler.admission import Admission
 from metasoft_patches.scheduler.chunked_prefill import ChunkedPrefillGuard
 from metasoft_patches.scheduler.compressor import SchedulerCompressor
+from metasoft_patches.scheduler.positions import PositionShift
 from metasoft_patches.scheduler.ranks import with_common_secret
-from metasoft_patches.transfer import to_device
-from sglang_metasoft.config import MetaSoftConfig, RequestOptions, shown
+from sglang_metasoft.config import MetaSoftConfig, shown
+from sglang_metasoft.request_options import RequestOptions
 from sglang_metasoft.types import Bypass, BypassLifetime
 
 
@@ -30,6 +30,7 @@ class SchedulerHooks:
     def __init__(self, config: MetaSoftConfig, adapter: Adapter) -> None:
         self.config = config
         self.adapter = adapter
+        self.positions = PositionShift(adapter)
 
     def scheduler_made(self, result, scheduler, *args, **kwargs) -> None:
         """AFTER ``Scheduler.__init__``: model, pools and process groups exist."""
@@ -45,7 +46,9 @@ class SchedulerHooks:
         prompt_tokens = len(req.origin_input_ids)
         vocab_size = scheduler.model_config.vocab_size
         ids = np.frombuffer(req.origin_input_ids, dtype=np.int64)
-        if prompt_tokens and req.to_finish is None and not (0 <= ids.min() and ids.max() < vocab_size):
+        # Places of images may have ids above the vocabulary, which SGLang replaces later.
+        limit = FIRST_VIRTUAL_ID if getattr(recv_req, "mm_inputs", None) is not None else vocab_size
+        if prompt_tokens and req.to_finish is None and not (0 <= ids.min() and ids.max() < limit):
             # Among them could be virtual ids; and none of them can be computed.
             req.set_finish_with_abort(f"input_ids: an id is outside the vocabulary; allowed: 0 to {vocab_size - 1}")
         if self.compressor.stages.unfit and not self.compressor.stages.is_stale:
@@ -131,17 +134,7 @@ class SchedulerHooks:
 
     def shift_positions(self, forward_batch, cls, batch, model_runner, *args, **kwargs) -> None:
         """AFTER ``ForwardBatch.init_new``: tokens after a compressed span keep their logical RoPE positions."""
-        offsets = [req.metasoft.offset if hasattr(req, "metasoft") else 0 for req in batch.reqs or ()]
-        if not any(offsets):
-            return
-        host, positions = torch.tensor(offsets, dtype=torch.int64), forward_batch.positions
-        if batch.forward_mode.is_extend_without_speculative():
-            host = host.repeat_interleave(torch.tensor(batch.extend_lens))
-        else:
-            # Requests are not rows (beams have several), nor rows tokens (a step with drafts has several of each).
-            host = host[self.adapter.request_of_rows(batch)]
-            host = host.repeat_interleave(positions.numel() // host.numel())
-        forward_batch.positions = positions + to_device(host, positions.dtype, positions.device)
+        self.positions.apply(forward_batch, batch)
 
     def report_logical_lengths(self, reqs: list, prompt_tokens: list[int]) -> None:
         """Let the ``prompt_tokens`` of a step's responses count the raw prompts; ``reqs`` are those that respond."""

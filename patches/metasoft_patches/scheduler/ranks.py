@@ -1,4 +1,4 @@
-"""What the ranks of a tensor-parallel server agree on: the outcome of a compression, and what makes virtual ids."""
+"""What ranks of a tensor-parallel server agree on: the compressor, a compression's outcome, what makes virtual ids."""
 
 import dataclasses
 import enum
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_metasoft.compressor.find import Compressor, fingerprint
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.types import Bypass
 
@@ -89,3 +90,28 @@ def with_common_secret(config: MetaSoftConfig) -> MetaSoftConfig:
                 f"--enable-metasoft: rank {rank} has the settings {others}; allowed: rank 0's, {settings[0]}"
             )
     return dataclasses.replace(config, secret=secrets[0])
+
+
+def first_ranks_choice(found: list[Compressor]) -> Compressor | None:
+    """The compressor that the first rank finds best, as it lies on this rank's machine; called by all ranks.
+
+    Args:
+        found: on this rank, best first.
+
+    Raises:
+        ValueError: a rank lacks it; the same on all of them.
+    """
+    world = get_parallel().world_group
+    if world.world_size == 1:
+        return found[0] if found else None
+    own = [fingerprint(compressor) for compressor in found]
+    of_ranks = world.all_gather_object((own, [compressor.path for compressor in found]))
+    (wanted, *_), (path, *_) = (values or [None] for values in of_ranks[0])
+    if wanted is None:
+        return None
+    if lacking := [str(rank) for rank, (others, _) in enumerate(of_ranks) if wanted not in others]:
+        raise ValueError(
+            f"--enable-metasoft: rank {', '.join(lacking)} lacks the compressor {path!r} that rank 0 serves; "
+            "copy this folder to its machine, or give --metasoft-path, the same files on all"
+        )
+    return found[own.index(wanted)]

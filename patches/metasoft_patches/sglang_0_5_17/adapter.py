@@ -93,6 +93,9 @@ class SGLangAdapter(Adapter):
     def forward_scope(self, model, backend, forward_batch):
         return forward_context(ForwardContext(attn_backend=backend))
 
+    def plan_attention(self, model_runner, forward_batch):
+        model_runner.attn_backend.init_forward_metadata(forward_batch)
+
 
 class Settings:
     """Server arguments, with those of later versions at their value for off."""

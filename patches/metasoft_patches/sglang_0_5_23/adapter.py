@@ -94,3 +94,8 @@ class SGLangAdapter(Adapter):
             forward_context(ForwardContext(attn_backend=backend), forward_batch=forward_batch),
         ):
             yield
+
+    def plan_attention(self, model_runner, forward_batch):
+        translator = model_runner.kv_index_translator
+        translator.own_plan(forward_batch).bind(forward_batch, translator)
+        model_runner.attn_backend.init_forward_metadata(forward_batch)

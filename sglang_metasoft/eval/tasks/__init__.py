@@ -1,9 +1,9 @@
 """The tasks by name, and the groups that the command line takes."""
 
 from sglang_metasoft.eval.case import Task
-from sglang_metasoft.eval.tasks import books, longbench, longbench_official, needle, ruler, shared
+from sglang_metasoft.eval.tasks import books, longbench, longbench_official, natural, needle, ruler, shared
 
-_MODULES = (needle, ruler, longbench, shared, books, longbench_official)
+_MODULES = (needle, ruler, longbench, shared, books, natural, longbench_official)
 TASKS: dict[str, Task] = {task.name: task for module in _MODULES for task in module.TASKS}
 RULER = [name for name in needle.VARIANTS] + [task.name for task in ruler.TASKS]
 GROUPS: dict[str, list[str]] = {
@@ -12,6 +12,8 @@ GROUPS: dict[str, list[str]] = {
     "longbench": [task.name for task in longbench.TASKS],
     "longbench_official": [task.name for task in longbench_official.TASKS],
     "scbench": [task.name for task in shared.TASKS],
+    "natural": [natural.task_name(kind) for kind in natural.KINDS if kind.split == natural.DEVELOPMENT],
+    "natural_frozen": [natural.task_name(kind) for kind in natural.KINDS if kind.split == natural.FROZEN],
     "perplexity": [task.name for task in books.TASKS],
 }
 # Families whose kind of task may take part in training; the others never do.

@@ -1,5 +1,7 @@
 """Fused probe attention against torch, for ragged batches over scattered slots."""
 
+import math
+
 import torch
 from metasoft_kernels.probe import attend, fused, naive
 from metasoft_kernels.ragged import ragged
@@ -56,6 +58,7 @@ def test_attention_computed_elsewhere_is_merged_with_the_probes_own_tokens():
         outs.append(torch.einsum("tgrs,sgd->tgrd", logits.softmax(-1), values).flatten(1, 2))
         lses.append(logits.logsumexp(-1).flatten(1, 2))
         expected.append(naive.attend(q[own], pool.key, pool.value, pool.slots[seen], k_new[own], v_new[own], 0.125))
-    merged = fused.merge_with_self(q, torch.cat(outs), torch.cat(lses), k_new, v_new, probe, 0.125)
+    base_2 = torch.cat(lses) / math.log(2)
+    merged = fused.merge_with_self(q, torch.cat(outs), base_2, k_new, v_new, probe, 0.125, math.log(2))
     for got, parts in zip(merged, zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(got, torch.cat(parts), atol=2e-5, rtol=1e-5)

@@ -14,6 +14,10 @@ def assert_equal_to_the_sort(importance, spans, kept, sinks):
     axes = ragged(torch.device(DEVICE), spans, kept, [a - b for a, b in zip(spans, kept, strict=True)])
     on_device = torch.tensor(sinks, dtype=torch.int32, device=DEVICE)
     kept_rows, dropped_rows = fused.split_top(importance, on_device, *axes)
+    rows_too = torch.empty_like(kept_rows)
+    is_kept = fused.mark_top(importance, on_device, *axes[:2], rows_too)
+    assert torch.equal(rows_too, kept_rows)
+    assert torch.equal(is_kept, torch.zeros_like(is_kept).scatter_(1, kept_rows.long(), 1))
     ranges = zip(*(axis.ranges() for axis in axes), kept, sinks, strict=True)
     for span, kept_range, dropped_range, count, sink in ranges:
         expected = naive.split_top(importance[:, span], count, sink)

@@ -136,7 +136,7 @@ class Faults:
             raise InjectedFault("a job")
         return original(method, *args)
 
-    def run_probe(self, original, runner, backend, rows, adapter):
+    def run_probe(self, original, runner, body, backend, rows, adapter, **options):
         jobs, layers = len(backend.jobs), runner.model_config.num_hidden_layers
         self.calls = dict.fromkeys(STAGES, 0)
         self.aims = {}
@@ -151,7 +151,7 @@ class Faults:
                 self.aims[stage] += 0 if stage == "write" else job
         if self._strikes("probe"):
             raise InjectedFault("the probe")
-        return original(runner, backend, rows, adapter)
+        return original(runner, body, backend, rows, adapter, **options)
 
     def compress_layer(self, original, job, q, k_new, v_new, pool, method, *args):
         if self._is_aimed("layer"):

@@ -1,18 +1,22 @@
 """The model as inspection asks it: what compression does to a prompt at each layer, and answers before and after."""
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from sglang_metasoft.config import METHODS, MetaSoftConfig
+from sglang_metasoft.config import AUTO, METHODS, MetaSoftConfig
 from sglang_metasoft.hf.cache import Batch, generate, joined
 from sglang_metasoft.hf.compress import compress, probe_of
 from sglang_metasoft.hf.model import HFModel, LayerKV
 from sglang_metasoft.hf.shape import kv_bytes_per_entry
 from sglang_metasoft.methods import load_method
+from sglang_metasoft.methods.auto import serve
 from sglang_metasoft.methods.base import Method
 from sglang_metasoft.types import MergedKV, Plan, Routes
+
+logger = logging.getLogger(__name__)
 
 
 class CompressedLayer(NamedTuple):
@@ -57,14 +61,15 @@ class InspectedModel(HFModel):
 
     def make_method(self, config: MetaSoftConfig) -> Method:
         """The configured method for this model. Raises ValueError: it cannot serve it, or needs a server to start."""
-        served = [
+        allowed = [
             name for name in METHODS if load_method(name).needs_probe and load_method(name).prepare is Method.prepare
         ]
-        if config.method not in served:
-            raise ValueError(f"method {config.method!r} cannot be inspected; allowed: one of: {', '.join(served)}")
-        method = load_method(config.method)(config, self.shape, self.embed, self.device)
-        method.prepare(self)
-        return method
+        if config.method not in (AUTO, *allowed):
+            raise ValueError(f"method {config.method!r} cannot be inspected; allowed: one of: {', '.join(allowed)}")
+        served = serve(config, self.shape, self.embed, self.device, self)
+        for warning in served.warnings:
+            logger.warning("%s", warning)
+        return served.method
 
     def compress(self, entries: list[LayerKV], ids: list[int], plan: Plan, method: Method) -> list[CompressedLayer]:
         """Probe the prompt and compress its span; the entries are only read.

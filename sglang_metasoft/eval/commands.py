@@ -2,9 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
-from sglang_metasoft.eval.case import MODES, Case, make_case
+from sglang_metasoft.eval.case import MODES, Case, Task, make_case
 from sglang_metasoft.eval.data import FOLDER, Sources, fetch_all
+from sglang_metasoft.eval.own import SUFFIX, OwnPrompt, own_cases, read_own
 from sglang_metasoft.eval.tasks import GROUPS, find_tasks
 
 
@@ -62,7 +64,10 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def add_case_arguments(command: argparse.ArgumentParser) -> None:
     """Which cases, in which modes and at which ratios, and where the answers go."""
-    command.add_argument("--tasks", nargs="+", default=["ruler"], help=f"tasks, or groups: {', '.join(GROUPS)}")
+    command.add_argument(
+        "--tasks", nargs="+", default=["ruler"], metavar="TASK", help=f"tasks, groups ({', '.join(GROUPS)}), or your "
+        'own prompts: FILE.jsonl with lines {"messages": [...]} or {"prompt": "..."}, with or without an "answer"',
+    )  # fmt: skip
     command.add_argument("--lengths", nargs="+", type=int, default=[2048], help="tokens of prompt and answer together")
     command.add_argument("--ratios", nargs="+", type=float, default=[1, 4, 8, 16], help="1 is the full cache")
     command.add_argument("--modes", nargs="+", default=["inside"], help=f"of {', '.join(MODES)}")
@@ -75,13 +80,31 @@ def add_case_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+class Chosen(NamedTuple):
+    """What ``--tasks`` names."""
+
+    tasks: list[Task]
+    own: list[tuple[Path, list[OwnPrompt]]]
+
+
+def choose_tasks(names: list[str]) -> Chosen:
+    """Tasks, and the prompts of files.
+
+    Raises:
+        ValueError: an unknown task, or a file with a line that is no prompt.
+    """
+    files = [Path(name) for name in dict.fromkeys(names) if name.endswith(SUFFIX)]
+    return Chosen(find_tasks([name for name in names if not name.endswith(SUFFIX)]), [(f, read_own(f)) for f in files])
+
+
 def make_cases(args: argparse.Namespace, tokenizer) -> list[Case]:
     """The cases that the arguments ask for; all tasks of an index before the next, so that a stopped run is balanced.
 
     Raises:
-        ValueError: an unknown task or mode, a length too short for a task, or a number out of range.
+        ValueError: an unknown task or mode, a file with a line that is no prompt, a length too short for a task, or a
+            number out of range.
     """
-    tasks = find_tasks(args.tasks)
+    tasks, own = choose_tasks(args.tasks)
     for mode in args.modes:
         if mode not in MODES:
             raise ValueError(f"--modes: {mode!r} is unknown; allowed: {', '.join(MODES)}")
@@ -90,7 +113,8 @@ def make_cases(args: argparse.Namespace, tokenizer) -> list[Case]:
             raise ValueError(f"--{name}: {min(values):g} is not allowed; allowed: {low} or more")
     sources = Sources(args.data)
     indices = range(args.first, args.first + args.cases)
-    return [
+    owned = [case for path, prompts in own for case in own_cases(path, prompts, tokenizer)]
+    return owned + [
         make_case(task, tokenizer, sources, length, args.seed, index)
         for index in indices
         for length in args.lengths
@@ -101,11 +125,11 @@ def make_cases(args: argparse.Namespace, tokenizer) -> list[Case]:
 def _eval(args: argparse.Namespace) -> None:
     from sglang_metasoft.eval.client import Server
     from sglang_metasoft.eval.records import Store
-    from sglang_metasoft.eval.run import Run
+    from sglang_metasoft.eval.server_run import Run
 
     if args.concurrency < 1:
         raise ValueError(f"--concurrency: {args.concurrency} is not allowed; allowed: 1 or more")
-    find_tasks(args.tasks)
+    choose_tasks(args.tasks)
     server = Server(args.url, args.api, args.model)
     tokenizer = load_tokenizer(args.tokenizer or server.tokenizer_path)
     store = Store(args.output)
@@ -121,7 +145,7 @@ def _eval_hf(args: argparse.Namespace) -> None:
     from sglang_metasoft.eval.records import Store
     from sglang_metasoft.hf.model import HFModel
 
-    find_tasks(args.tasks)
+    choose_tasks(args.tasks)
     specs = [MethodSpec.parse(text) for text in args.methods]
     store = Store(args.output)
     model = HFModel(args.model, torch.device(args.device), getattr(torch, args.dtype))

@@ -4,9 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from sglang_metasoft.eval.case import Case, render
-from sglang_metasoft.eval.client import OTHER_TEXT, Server, measure, new_run_id
-from sglang_metasoft.eval.metrics import PERPLEXITY
+from sglang_metasoft.eval.case import MODES, Case, Rendered, answered, render
+from sglang_metasoft.eval.client import OTHER_TEXT, Answer, Server, answer_in_full, follow, measure, new_run_id
+from sglang_metasoft.eval.fidelity import Reading
+from sglang_metasoft.eval.metrics import FIDELITY, PERPLEXITY
 from sglang_metasoft.eval.records import FULL, Store, make_key, make_record
 
 REPORTED = (
@@ -62,6 +63,9 @@ class Run:
     def _answer(self, case: Case, bar: tqdm) -> None:
         for turn in range(len(case.turns)):
             wanted = self._wanted(case, turn)
+            if case.metric == FIDELITY:
+                case = self._follow(case, turn, wanted, bar)
+                continue
             if not wanted:
                 continue
             prompt = render(case, turn, self.tokenizer)
@@ -74,8 +78,7 @@ class Run:
                 )
                 full = found if ratio == 1 else full
                 fields = {"logprobs": found.answer.logprobs} if case.metric == PERPLEXITY else {}
-                meta = found.answer.meta
-                reported = {name: meta[name] for name in REPORTED if name in meta}
+                reported = _reported(found.answer.meta)
                 record = make_record(
                     case, turn, mode, FULL if ratio == 1 else self.label, ratio,
                     prediction=found.answer.text, problem=found.problem, seconds=round(found.seconds, 3),
@@ -84,3 +87,46 @@ class Run:
                 )  # fmt: skip
                 self.store.add(record)
                 bar.update()
+
+    def _follow(self, case: Case, turn: int, wanted: list[tuple[str, float]], bar: tqdm) -> Case:
+        """Let caches of all ratios read the full cache's answer; the case with that answer, for later turns."""
+        stored = [self.store.get(self._key(case, turn, mode, 1)) for mode in MODES]
+        known = next(filter(None, stored), None)
+        if not wanted:
+            return answered(case, turn, known["prediction"]) if known else case
+        prompt = render(case, turn, self.tokenizer)
+        if known:
+            full = Answer(known["prediction"], {}, [], tuple(known["answer_ids"]))
+        else:
+            full = answer_in_full(self.server, case, turn, prompt, self.run_id)
+        for mode in dict.fromkeys(mode for mode, _ in wanted):
+            # The rise is over what the full cache says of its own answer when it reads it again, asked for or not.
+            ratios = [ratio for name, ratio in wanted if name == mode]
+            if self.store.get(self._key(case, turn, mode, 1)) is None:
+                self._read(case, turn, mode, 1.0, prompt, full, None)
+            record = self.store.get(self._key(case, turn, mode, 1)) or {}
+            over = Reading(*(record[name] for name in Reading._fields))
+            for ratio in ratios:
+                if ratio != 1:
+                    self._read(case, turn, mode, ratio, prompt, full, over)
+                bar.update()
+        return answered(case, turn, full.text)
+
+    def _read(
+        self, case: Case, turn: int, mode: str, ratio: float, prompt: Rendered, full: Answer, over: Reading | None
+    ) -> None:
+        found = follow(self.server, case, turn, mode, ratio, prompt, list(full.ids), self.other_ids, self.run_id)
+        own = full if ratio == 1 else found.own
+        text = {} if own is None else {"prediction": own.text}
+        ids = {"answer_ids": list(full.ids)} if ratio == 1 else {}
+        record = make_record(
+            case, turn, mode, FULL if ratio == 1 else self.label, ratio,
+            problem=found.problem, seconds=round(found.seconds, 3), prompt_tokens=len(prompt.ids),
+            runner=self.server.api, model=self.server.model,
+            **text, **ids, **_reported(found.meta), **found.reading.fields(over),
+        )  # fmt: skip
+        self.store.add(record)
+
+
+def _reported(meta: dict) -> dict:
+    return {name: meta[name] for name in REPORTED if name in meta}

@@ -1,0 +1,1 @@
+"""What kept entries are to count for beyond their own attention: that of dropped ones."""

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from metasoft_kernels.ragged import Ragged
+from metasoft_kernels.tiles import cdiv
 
 PROGRAMS = 1056  # eight for each multiprocessor of a large GPU
 STEP = 128  # entries of a part are a multiple of it
@@ -22,9 +23,9 @@ class Parts(NamedTuple):
 
 def cut(axis: Ragged, groups: int) -> Parts:
     """Enough parts to fill the device, whatever the number of requests and KV heads."""
-    wanted = triton.cdiv(PROGRAMS, groups * axis.num_requests)
-    entries = triton.cdiv(triton.cdiv(axis.longest, wanted), STEP) * STEP
-    return Parts(entries, triton.cdiv(axis.longest, entries))
+    wanted = cdiv(PROGRAMS, groups * axis.num_requests)
+    entries = cdiv(cdiv(axis.longest, wanted), STEP) * STEP
+    return Parts(entries, cdiv(axis.longest, entries))
 
 
 class Scored(NamedTuple):

@@ -1,8 +1,8 @@
 """The other ways in: ``sgl.Engine`` and ``sglang serve``; and a start-up that must fail."""
 
-import itertools
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -95,43 +95,71 @@ def two_workers(start_server):
     return start_server(*SOFT_TOKENS, "--tokenizer-worker-num", "2", "--enable-cache-report", env=env)
 
 
+def connections_to(server, process) -> list:
+    return [
+        connection
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_ESTABLISHED and server.port in (connection.laddr.port, connection.raddr.port)
+    ]
+
+
 def ask_anyone(server, *args, **kwargs) -> tuple[Answer, int]:
     """Over a connection of its own: the answer, and the process that gave it."""
+    before = {connection.laddr for connection in connections_to(server, psutil.Process())}
     with requests.Session() as session:
         answer = ask(server, *args, session=session, **kwargs)
+        (ours,) = {connection.laddr for connection in connections_to(server, psutil.Process())} - before
         (pid,) = {
             process.pid
             for process in psutil.Process(server.process.pid).children(recursive=True)
-            for connection in process.net_connections("tcp")
-            if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == server.port
+            for connection in connections_to(server, process)
+            # An earlier one may still be open on the other worker's side.
+            if connection.raddr == ours
         }
     return answer, pid
 
 
+@contextmanager
+def asleep(pid: int):
+    """One worker stopped, so that the other takes what comes."""
+    worker = psutil.Process(pid)
+    worker.suspend()
+    try:
+        yield
+    finally:
+        worker.resume()
+
+
 @names_an_application
 def test_settings_and_outcome_pass_through_whichever_http_worker(two_workers, document):
-    """Ten connections, and more until both workers have answered."""
-    answered: set[int] = set()
-    for number in itertools.count():
-        if number >= 5 and len(answered) == 2:
-            break
-        assert number < 40, "one of the workers answers nothing"
-        text, headers = f"{number} " + document[300 * number :][:4000], {"x-metasoft-ratio": "8"}
-        first, pid = ask_anyone(two_workers, "/generate", text, stream=False, headers=headers)
-        again, other = ask_anyone(two_workers, "/generate", text, stream=True, headers=headers)
-        length, answered = first.prompt_tokens, answered | {pid, other}
+    """A prompt through each worker, and again through the other one."""
+    headers = {"x-metasoft-ratio": "8"}
+    _, answered = ask_anyone(two_workers, "/generate", "Hello", stream=False)
+    pids = {answered}
+    for number in range(4):
+        text = f"{number} " + document[300 * number :][:4000]
+        with asleep(answered):
+            first, pid = ask_anyone(two_workers, "/generate", text, stream=False, headers=headers)
+        with asleep(pid):
+            again, answered = ask_anyone(two_workers, "/generate", text, stream=True, headers=headers)
+        assert answered != pid
+        pids |= {pid, answered}
+        if number % 2:  # the next prompt begins with the other worker
+            answered = pid
+        length = first.prompt_tokens
         assert first.headers == {"span-tokens": length - WINDOW, "kv-tokens": -(-length // 8), "reused-tokens": 0}
         assert first.meta["metasoft_kv_tokens"] == first.headers["kv-tokens"]
         assert again.headers == first.headers | {"reused-tokens": length - WINDOW}
+    assert len(pids) == 2
 
 
 @names_an_application
 def test_a_bad_header_is_http_400_from_whichever_http_worker(two_workers):
-    answered = set()
-    for _ in range(40):
-        headers = {"x-metasoft-ratio": "0.5"}
-        answer, pid = ask_anyone(two_workers, "/v1/chat/completions", "Hello", stream=False, headers=headers)
-        words = "header x-metasoft-ratio: '0.5' is not allowed; allowed: a number >= 1"
-        assert answer.status == 400 and words in answer.body["message"]
-        answered.add(pid)
-    assert len(answered) == 2
+    headers = {"x-metasoft-ratio": "0.5"}
+    words = "header x-metasoft-ratio: '0.5' is not allowed; allowed: a number >= 1"
+    answer, pid = ask_anyone(two_workers, "/v1/chat/completions", "Hello", stream=False, headers=headers)
+    with asleep(pid):
+        other, other_pid = ask_anyone(two_workers, "/v1/chat/completions", "Hello", stream=False, headers=headers)
+    assert pid != other_pid
+    for refused in (answer, other):
+        assert refused.status == 400 and words in refused.body["message"]

@@ -14,6 +14,7 @@ from metasoft_kernels.bias.naive import LARGEST_BIAS, TINY, UNMATCHED_SHARE
 from metasoft_kernels.parts import Scored, cut, read_importance, softmax_of_parts, sum_of_parts
 from metasoft_kernels.ragged import Ragged
 from metasoft_kernels.repeats.naive import Groups
+from metasoft_kernels.tiles import cdiv
 
 BLOCK = 64
 KEPT_BLOCK = 128
@@ -57,7 +58,7 @@ def log_biases(
             span.starts, carried.stride(0), parts.entries, scored.parts.entries, scored.parts.number, BLOCK=BLOCK,
             TINY=TINY, IS_LOG=scored.is_log, IS_SECOND=number == 1, num_warps=4,
         )  # fmt: skip
-    _biases[(triton.cdiv(kept.longest, KEPT_BLOCK), heads, span.num_requests)](
+    _biases[(cdiv(kept.longest, KEPT_BLOCK), heads, span.num_requests)](
         carried, sums, kept_rows, biases, span.starts, kept.starts, carried.stride(0), kept.total, parts.entries,
         parts.number, BLOCK=KEPT_BLOCK, TINY=TINY, SHARE=UNMATCHED_SHARE, LARGEST=LARGEST_BIAS, num_warps=4,
     )  # fmt: skip

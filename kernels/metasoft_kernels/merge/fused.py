@@ -12,7 +12,7 @@ import triton.language as tl
 
 from metasoft_kernels.merge.naive import LOAD_EPSILON
 from metasoft_kernels.ragged import Ragged
-from metasoft_kernels.tiles import padded
+from metasoft_kernels.tiles import cdiv, padded
 
 CUT = 128
 TINY = torch.finfo(torch.float32).tiny
@@ -57,7 +57,7 @@ def attention_flow(
     bounds = torch.searchsorted(
         sorted_keys, torch.arange(groups * (kept.total + 1) + 1, dtype=torch.int32, device=keys.device), out_int32=True
     )
-    cuts = triton.cdiv(keys.numel(), CUT)
+    cuts = cdiv(keys.numel(), CUT)
     options = {"dtype": torch.float32, "device": keys.device}
     carried, carried_mass = torch.empty(cuts, d, **options), torch.empty(cuts, 2, **options)
     merged = torch.empty(kept.total, groups, d, dtype=dtype, device=keys.device)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from metasoft_kernels.ragged import Ragged
-from metasoft_kernels.tiles import padded
+from metasoft_kernels.tiles import cdiv, padded
 
 BLOCK = 16
 BIAS_OF_FLOAT32 = tl.constexpr(127)
@@ -37,7 +37,7 @@ def move(
     k_buffer, v_buffer = k_buffer.view(bits), v_buffer.view(bits)
     given = values is not None
     new_values = v_buffer if values is None else values.view(bits)
-    _move[(triton.cdiv(count, BLOCK), groups)](
+    _move[(cdiv(count, BLOCK), groups)](
         k_buffer, v_buffer, new_values, slots, kept_rows, new_slots, count,
         k_buffer.stride(0), v_buffer.stride(0), D=d, BLOCK=BLOCK, BLOCK_D=padded(d), GIVEN=given, num_warps=4,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def move_biased(
     exponent_bits = EXPONENT_BITS.get(k_buffer.dtype, 0)
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[k_buffer.dtype.itemsize]
     key_bits = k_buffer.view(bits) if exponent_bits else k_buffer
-    _move_biased[(triton.cdiv(kept.longest, BLOCK), groups, kept.num_requests)](
+    _move_biased[(cdiv(kept.longest, BLOCK), groups, kept.num_requests)](
         k_buffer, key_bits, v_buffer.view(bits), slots, kept_rows, new_slots, biases, directions,
         kept.starts, kept.total, k_buffer.stride(0), v_buffer.stride(0), directions.stride(0), directions.stride(1),
         scale, k_scale, D=d, BLOCK=BLOCK, BLOCK_D=padded(d), EXPONENT_BITS=exponent_bits, num_warps=4,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from metasoft_kernels.ragged import Ragged
-from metasoft_kernels.tiles import PRECISION, operand_type, padded, rows_for
+from metasoft_kernels.tiles import PRECISION, cdiv, operand_type, padded, rows_for
 
 # Enough programs to fill a large GPU twice, in parts long enough to be worth their scratch memory.
 PROGRAMS = 264
@@ -45,7 +45,7 @@ def attend(
         ``[sum t, H, d]`` in ``q``'s dtype, and ``[sum t, H]`` float32.
     """
     groups = k_buffer.shape[1]
-    blocks = triton.cdiv(probe.longest * (q.shape[1] // groups), _block_rows(q, probe, groups))
+    blocks = cdiv(probe.longest * (q.shape[1] // groups), _block_rows(q, probe, groups))
     parts, part_tokens = _cut(context.lengths, blocks * groups)
     scratch = _scratch(q, parts)
     launch_parts(
@@ -56,9 +56,9 @@ def attend(
 
 def _cut(contexts: Sequence[int], programs: int) -> tuple[int, int]:
     """Parts of the longest context, and tokens of a part, if one part of all requests takes so many programs."""
-    wanted = triton.cdiv(PROGRAMS, programs * len(contexts))
-    part_tokens = max(SHORTEST_PART, triton.cdiv(triton.cdiv(max(contexts), wanted), 128) * 128)
-    return triton.cdiv(max(contexts), part_tokens), part_tokens
+    wanted = cdiv(PROGRAMS, programs * len(contexts))
+    part_tokens = max(SHORTEST_PART, cdiv(cdiv(max(contexts), wanted), 128) * 128)
+    return cdiv(max(contexts), part_tokens), part_tokens
 
 
 def scratch_bytes(probes: Sequence[int], contexts: Sequence[int], heads: int, groups: int, d: int) -> int:
@@ -95,7 +95,7 @@ def merge_with_self(
     groups = k_new.shape[1]
     whole, whole_lse = torch.empty_like(out), torch.empty_like(lse)
     block_rows = _block_rows(q, probe, groups)
-    _attend_own[(triton.cdiv(probe.longest * (heads // groups), block_rows), groups, probe.num_requests)](
+    _attend_own[(cdiv(probe.longest * (heads // groups), block_rows), groups, probe.num_requests)](
         q, k_new, v_new, out, lse, whole, whole_lse, probe.starts, q.stride(0), k_new.stride(0), v_new.stride(0),
         lse_scale, scale, HEADS=heads, R=heads // groups, D=d, BLOCK_M=block_rows,
         BLOCK_N=rows_for(d, q.dtype, most=64), BLOCK_D=padded(d), OPERAND=operand_type(q.dtype), PRECISION=PRECISION,
@@ -123,7 +123,7 @@ def launch_parts(
     groups = k_buffer.shape[1]
     block_rows = _block_rows(q, probe, groups)
     block_entries = rows_for(d, q.dtype, most=64)
-    blocks = triton.cdiv(probe.longest * (heads // groups), block_rows)
+    blocks = cdiv(probe.longest * (heads // groups), block_rows)
     out, lse = scratch
     _attend_part[(blocks * (parts + 1), groups, probe.num_requests)](
         q, k_buffer, v_buffer, slots, k_new, v_new, out, lse, probe.starts, context.starts, q.stride(0),
@@ -139,7 +139,7 @@ def merge_parts(q, scratch, probe, context_starts, part_tokens) -> tuple[torch.T
     part_out, part_lse = scratch
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    _merge_parts[(triton.cdiv(probe.longest * q.shape[1], MERGED_ROWS), probe.num_requests)](
+    _merge_parts[(cdiv(probe.longest * q.shape[1], MERGED_ROWS), probe.num_requests)](
         part_out, part_lse, out, lse, probe.starts, context_starts, part_out.stride(0), part_lse.stride(0),
         part_out.shape[0] - 1, part_tokens, HEADS=q.shape[1], D=q.shape[2], BLOCK_R=MERGED_ROWS,
         BLOCK_D=padded(q.shape[2]), num_warps=4,

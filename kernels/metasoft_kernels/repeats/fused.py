@@ -13,6 +13,7 @@ import triton.language as tl
 from metasoft_kernels.parts import Scored, read_importance, softmax_of_parts
 from metasoft_kernels.ragged import Ragged
 from metasoft_kernels.repeats.naive import Groups
+from metasoft_kernels.tiles import cdiv
 
 BLOCK = 64
 
@@ -31,7 +32,7 @@ def demote(scored: Scored, groups: Groups, span: Ragged) -> torch.Tensor:
     values = scored.importance
     ranked = torch.empty_like(values)
     sums = values if scored.sums is None else scored.sums
-    _demote[(triton.cdiv(span.longest, BLOCK), values.shape[0], span.num_requests)](
+    _demote[(cdiv(span.longest, BLOCK), values.shape[0], span.num_requests)](
         values, sums, ranked, groups.order, groups.first, groups.end, span.starts, values.stride(0),
         scored.parts.entries, scored.parts.number, BLOCK=BLOCK, IS_LOG=scored.is_log, num_warps=4,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from metasoft_kernels.ragged import Ragged
-from metasoft_kernels.tiles import PRECISION, operand_type, padded, rows_for
+from metasoft_kernels.tiles import PRECISION, cdiv, next_power_of_2, operand_type, padded, rows_for
 
 UNROLLED = tl.constexpr(8)
 
@@ -51,10 +51,10 @@ def route(
     weight = torch.empty(shape, dtype=torch.float32, device=k_buffer.device)
     block_rows, block_kept = rows_for(d, dtype, most=64), rows_for(d, dtype)
     width = min(band or kept.longest, kept.longest)
-    _route[(triton.cdiv(dropped.longest, block_rows), groups, dropped.num_requests)](
+    _route[(cdiv(dropped.longest, block_rows), groups, dropped.num_requests)](
         k_buffer, slots, kept_rows, dropped_rows, target, weight, kept.starts, dropped.starts, kept.total,
         dropped.total, k_buffer.stride(0), scale, width, IS_BANDED=width < kept.longest, D=d,
-        M=targets, BLOCK_R=block_rows, BLOCK_K=block_kept, BLOCK_D=padded(d), BLOCK_M=triton.next_power_of_2(targets),
+        M=targets, BLOCK_R=block_rows, BLOCK_K=block_kept, BLOCK_D=padded(d), BLOCK_M=next_power_of_2(targets),
         OPERAND=operand_type(dtype), PRECISION=PRECISION,
         num_warps=8 if block_rows * block_kept > 8192 else 4, num_stages=3 if dtype.itemsize == 2 else 1,
     )  # fmt: skip

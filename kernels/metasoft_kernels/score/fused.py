@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from metasoft_kernels.ragged import Ragged
-from metasoft_kernels.tiles import PRECISION, operand_type, padded, rows_for
+from metasoft_kernels.tiles import PRECISION, cdiv, operand_type, padded, rows_for
 
 
 def importance(
@@ -35,7 +35,7 @@ def importance(
     out = torch.empty(groups, span.total, dtype=torch.float32, device=q.device)
     block_entries = rows_for(d, q.dtype)
     block_rows = min(rows_for(d, q.dtype), padded(probe.longest * (heads // groups)))
-    grid = (triton.cdiv(span.longest, block_entries), groups, span.num_requests)
+    grid = (cdiv(span.longest, block_entries), groups, span.num_requests)
     _importance[grid](
         q, k_buffer, slots, lse, out, probe.starts, span.starts, q.stride(0), k_buffer.stride(0), out.stride(0),
         scale * k_scale, HEADS=heads, R=heads // groups, D=d, BLOCK_S=block_entries, BLOCK_M=block_rows,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from metasoft_kernels.ragged import Ragged
+from metasoft_kernels.tiles import next_power_of_2
 
 SMALLEST_BLOCK, BLOCK = 256, 4096  # a power of two of entries between them, for which the kernel is compiled
 
@@ -53,7 +54,7 @@ def mark_top(
 
 
 def _launch(importance, sink_tokens, kept_rows, rest, span: Ragged, kept: Ragged, dropped: Ragged, marks: bool) -> None:
-    block = min(BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(span.longest)))
+    block = min(BLOCK, max(SMALLEST_BLOCK, next_power_of_2(span.longest)))
     _split_top[(importance.shape[0], span.num_requests)](
         importance, sink_tokens, kept_rows, rest, span.starts, kept.starts, dropped.starts, span.total, kept.total,
         dropped.total, BLOCK=block, MARKS=marks, num_warps=8,

@@ -1,7 +1,8 @@
 """What a layer's stages take of the scheduler's thread: milliseconds, for prompts that finish together.
 
 Without a GPU: the code that serves runs on tensors of a CPU, with Llama-3.1-8B's heads, and Triton does all that it
-does for a launch but the driver's call, which takes some microseconds more each. Nothing is computed. CPU time, the best of the batches.
+does for a launch but the driver's call, which takes some microseconds more each. Nothing is computed. The times are CPU
+times of the thread, the least of the batches.
 
     python -m tests.kernels.host_launches [--prompts 1 4 16] [--prompt-tokens 8192] [--repeats 20] [--output host.json]
 """

@@ -96,11 +96,8 @@ def two_workers(start_server):
 
 
 def connections_to(server, process) -> list:
-    return [
-        connection
-        for connection in process.net_connections("tcp")
-        if connection.status == psutil.CONN_ESTABLISHED and server.port in (connection.laddr.port, connection.raddr.port)
-    ]
+    made = [each for each in process.net_connections("tcp") if each.status == psutil.CONN_ESTABLISHED]
+    return [each for each in made if server.port in (each.laddr.port, each.raddr.port)]
 
 
 def ask_anyone(server, *args, **kwargs) -> tuple[Answer, int]:

@@ -79,7 +79,7 @@ class Task(NamedTuple):
     family: str
     metric: str
     max_new_tokens: int
-    build: Callable[[Request], Draft]
+    build: Callable[..., Draft]  # of a Request; RULER's also of a wording
     stop: tuple[str, ...] = ()
     is_chat: bool = True
     max_size: int = 1 << 20

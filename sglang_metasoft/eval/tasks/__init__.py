@@ -1,13 +1,23 @@
 """The tasks by name, and the groups that the command line takes."""
 
 from sglang_metasoft.eval.case import Task
-from sglang_metasoft.eval.tasks import books, longbench, longbench_official, natural, needle, ruler, shared
+from sglang_metasoft.eval.tasks import (
+    books,
+    longbench,
+    longbench_official,
+    natural,
+    needle,
+    ruler,
+    ruler_frozen,
+    shared,
+)
 
-_MODULES = (needle, ruler, longbench, shared, books, natural, longbench_official)
+_MODULES = (needle, ruler, ruler_frozen, longbench, shared, books, natural, longbench_official)
 TASKS: dict[str, Task] = {task.name: task for module in _MODULES for task in module.TASKS}
 RULER = [name for name in needle.VARIANTS] + [task.name for task in ruler.TASKS]
 GROUPS: dict[str, list[str]] = {
     "ruler": RULER,
+    "ruler_frozen": [name + ruler_frozen.ENDING for name in RULER],
     "niah": ["niah_grid"],
     "longbench": [task.name for task in longbench.TASKS],
     "longbench_official": [task.name for task in longbench_official.TASKS],

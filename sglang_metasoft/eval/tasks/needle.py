@@ -8,18 +8,43 @@ import re
 import uuid
 from functools import partial
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang_metasoft.eval.case import Draft, Request, Task, Turn
 
+
+class Wording(NamedTuple):
+    """The fixed text of a needle task: ``(for one answer, for several)`` where they differ."""
+
+    needle: str
+    head: tuple[str, str]
+    question: tuple[str, str]
+    prefix: tuple[str, str]
+    noise: str
+    kinds: dict[str, tuple[str, str]]  # by the kind of value
+
+
 NEEDLE = "One of the special magic {type} for {key} is: {value}."
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-HEAD = (
-    "Some special magic {type} are hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the {type} afterwards.\n"
+RULERS = Wording(
+    needle=NEEDLE,
+    head=(
+        "A special magic {type} is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the {type} afterwards.\n",
+        "Some special magic {type} are hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the {type} afterwards.\n",
+    ),
+    question=(
+        "\nWhat is the special magic {type} for {query} mentioned in the provided text?",
+        "\nWhat are all the special magic {type} for {query} mentioned in the provided text?",
+    ),
+    prefix=(
+        " The special magic {type} for {query} mentioned in the provided text is",
+        " The special magic {type} for {query} mentioned in the provided text are",
+    ),
+    noise=NOISE,
+    kinds={"numbers": ("number", "numbers"), "uuids": ("uuid", "uuids")},
 )
-QUESTION = "\nWhat are all the special magic {type} for {query} mentioned in the provided text?"
-PREFIX = " The special magic {type} for {query} mentioned in the provided text are"
 DEPTHS = [round(n * 100 / 39) for n in range(40)]
 GRID_DEPTHS = tuple(range(0, 101, 10))
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -53,43 +78,42 @@ def insert_at_depths(sentences: list[str], needles: list[str], depths: list[int]
 
 
 def build(
-    request: Request, *, haystack: str, key_type="words", value_type="numbers", keys=1, values=1, queries=1, depth=None
-) -> Draft:
+    request: Request, *, haystack: str, key_type="words", value_type="numbers", keys=1, values=1, queries=1, depth=None,
+    wording: Wording = RULERS,
+) -> Draft:  # fmt: skip
     """A needle case; ``depth`` (per cent) places the only needle, else places are random."""
     rng, sources = request.rng, request.sources
     names = [draw(rng, key_type, sources) for _ in range(max(keys, queries))]
     facts = {name: [draw(rng, value_type, sources) for _ in range(values)] for name in names}
-    needles = [NEEDLE.format(type=value_type, key=key, value=value) for key, all_ in facts.items() for value in all_]
+    kinds = wording.kinds[value_type]
+
+    def needle(key: str, value: str) -> str:
+        return wording.needle.format(type=kinds[1], key=key, value=value)
+
+    needles = [needle(key, value) for key, all_ in facts.items() for value in all_]
     rng.shuffle(needles)
     if haystack == "essay":
         depths = rng.sample(DEPTHS, len(needles)) if depth is None else [depth]
         sentences = essay_sentences(rng, sources.words("austen.txt"), 20 * request.size)
         context = insert_at_depths(sentences, needles, depths)
     else:
-        lines = [NOISE] * (request.size + len(needles))
+        lines = [wording.noise] * (request.size + len(needles))
         if haystack == "needle":
-            lines = [
-                NEEDLE.format(type=value_type, key=draw(rng, key_type, sources), value=draw(rng, value_type, sources))
-                for _ in lines
-            ]
-        for place, needle in zip(sorted(rng.sample(range(len(lines)), len(needles)), reverse=True), needles):  # noqa: B905
-            lines.insert(place, needle)
+            lines = [needle(draw(rng, key_type, sources), draw(rng, value_type, sources)) for _ in lines]
+        for place, line in zip(sorted(rng.sample(range(len(lines)), len(needles)), reverse=True), needles):  # noqa: B905
+            lines.insert(place, line)
         context = "\n".join(lines)
     asked = rng.sample(list(facts), queries)
     query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
-    head, question, prefix = HEAD, QUESTION, PREFIX
-    kind = value_type
-    if queries * values == 1:
-        kind = kind[:-1]
-        head = head.replace("Some", "A").replace("are", "is")
-        question = question.replace("are all", "is").replace("are", "is")
-        prefix = prefix.replace("are", "is")
+    several = int(queries * values > 1)
+    kind = kinds[several]
     turn = Turn(
-        question.format(type=kind, query=query),
+        wording.question[several].format(type=kind, query=query),
         tuple(value for name in asked for value in facts[name]),
-        prefix.format(type=kind, query=query),
+        wording.prefix[several].format(type=kind, query=query),
     )
-    return Draft(head.format(type=kind) + context, (turn,), {} if depth is None else {"depth": depth})
+    details = {} if depth is None else {"depth": depth}
+    return Draft(wording.head[several].format(type=kind) + context, (turn,), details)
 
 
 def build_grid(request: Request) -> Draft:

@@ -35,6 +35,7 @@ class Scored(NamedTuple):
     importance: torch.Tensor  # [G, sum S] float32, or its logs if sums are there; may be the attention itself
     sums: torch.Tensor | None = None  # [2, G, J, parts] float32: of each part's logs the largest, and the softmax's sum
     parts: Parts = Parts(STEP, 1)  # of the sums
+    may_be_negative: bool = False  # the importance, if it is no log
 
     @property
     def is_log(self) -> bool:

@@ -79,7 +79,7 @@ class KeyBias(Consolidation):
         )
 
     def rank_batch(self, scored: Scored, span: Ragged, jobs: list[Job], noted: NotedPrompts) -> torch.Tensor:
-        if not scored.is_log and scored.importance is not scored.attention:  # a method's own may be below 0
+        if scored.may_be_negative:
             parts = scored.importance.nan_to_num(0.0, 0.0, 0.0).split(span.lengths, dim=1)
             scored = scored._replace(importance=torch.cat([from_the_smallest(part) for part in parts], dim=1))
         return demote(scored, noted.groups, span)

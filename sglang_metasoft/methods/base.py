@@ -3,12 +3,14 @@
 from functools import cached_property
 
 import torch
+from metasoft_kernels.parts import Scored
+from metasoft_kernels.ragged import Ragged
 from metasoft_kernels.score import importance
 
 from sglang_metasoft.compressor.entry_scorer import EntryScorer
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.consolidations import Consolidation, load_consolidation
-from sglang_metasoft.types import Embed, LayerView, ModelShape, Probe, Prompt, Scores, ServedModel
+from sglang_metasoft.types import Embed, LayerPool, LayerView, ModelShape, Probe, Prompt, Scores, ServedModel
 
 
 class Method:
@@ -16,6 +18,7 @@ class Method:
 
     needs_probe = True  # else the entries alone decide, and the model does not run
     needs_all_heads = False  # a head's importance depends on other heads, which other ranks may hold
+    scores_together = False  # by kernels: one launch for all prompts, see score_together
     reads_path = False  # loads a trained compressor from ``--metasoft-path``
 
     @classmethod
@@ -141,6 +144,17 @@ class Method:
     ) -> Scores:
         """Importance of the span at one layer; shapes as :func:`metasoft_kernels.score.importance`."""
         return Scores(importance(q, k_buffer, span_slots, lse, scale, k_scale, self.config.kernels))
+
+    def score_together(self, mass: torch.Tensor, pool: LayerPool, span_slots: torch.Tensor, span: Ragged) -> Scored:
+        """What :meth:`score_layer` says of all prompts at once, where the stages run by kernels.
+
+        Args:
+            mass: ``[G, sum S]`` float32 mean attention of the probes to the spans.
+            pool: with some of the rank's KV heads, perhaps.
+            span_slots: ``[sum S]``.
+            span: whose rows of ``span_slots`` are whose.
+        """
+        raise NotImplementedError
 
     def gate_scale(self, layer: int, first_kv_head: int, num_kv_heads: int) -> torch.Tensor | float:
         """Factor on the consolidation gate at ``layer`` for a rank's KV heads: a number or ``[G, 1]``."""

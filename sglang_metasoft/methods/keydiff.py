@@ -1,7 +1,7 @@
 """KeyDiff (arXiv 2504.15364, section 3): keys that point away from the others stay; no query is asked."""
 
 import torch
-from torch.nn.functional import normalize
+from metasoft_kernels.standing.naive import cosine_to_anchor
 
 from sglang_metasoft.methods.base import Method
 from sglang_metasoft.types import LayerView, Scores
@@ -18,18 +18,5 @@ class KeyDiff(Method):
     needs_probe = False
 
     def score_layer(self, view: LayerView) -> Scores:
-        importance = -cosine_to_anchor(view.pool.key[view.job.span_slots])
+        importance = -cosine_to_anchor(view.pool.key[view.job.span_slots].transpose(0, 1))
         return Scores(importance, torch.full_like(importance, 1 / importance.shape[1]))
-
-
-def cosine_to_anchor(keys: torch.Tensor) -> torch.Tensor:
-    """Cosine of each key with the mean of all keys scaled to length one.
-
-    Args:
-        keys: ``[S, G, d]`` of one layer, of any dtype and scale.
-
-    Returns:
-        ``[G, S]`` float32.
-    """
-    directions = normalize(keys.float(), dim=-1)
-    return (directions * normalize(directions.mean(0), dim=-1)).sum(-1).t()

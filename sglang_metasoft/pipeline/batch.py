@@ -190,7 +190,7 @@ class FusedBatch:
         """
         groups = pool.key.shape[1]
         heads = groups
-        if self.method.scores_by_attention or self.method.entry_scorer is not None:
+        if self.method.scores_together or self.method.scores_by_attention or self.method.entry_scorer is not None:
             heads = heads_at_once(groups, self.span.total, self.kept.total)
         kept_rows = torch.empty(groups, self.kept.total, dtype=torch.int32, device=self.device)
         merged, finite = [], []
@@ -232,10 +232,13 @@ class FusedBatch:
             first_head: of this rank's KV heads the pool's first.
         """
         scorer, by_kernels = self.method.entry_scorer, self.method.consolidation.ranks_by_kernels
-        if self.method.scores_by_attention or (scorer is not None and by_kernels):
+        together = self.method.scores_together
+        if together or self.method.scores_by_attention or (scorer is not None and by_kernels):
             mass = mean_attention(
                 q, pool.key, self.span_slots, lse, self.probe, self.span, pool.scale, pool.key_scale
             )  # fmt: skip
+            if together:
+                return self.method.score_together(mass, pool, self.span_slots, self.span)
             if scorer is None:
                 return Scored(mass, mass)
             return log_importance(
@@ -247,7 +250,7 @@ class FusedBatch:
             for job, own in zip(self.jobs, self.probe.ranges(), strict=True)
         ]
         masses = torch.cat([part.importance if part.mass is None else part.mass for part in parts], dim=1)
-        return Scored(masses, torch.cat([part.importance for part in parts], dim=1))
+        return Scored(masses, torch.cat([part.importance for part in parts], dim=1), may_be_negative=True)
 
     def _finite(self, scored: Scored, is_finite: torch.Tensor | None) -> list[torch.Tensor]:
         if self.device.type != "cpu":

@@ -13,7 +13,7 @@ check() { # NAME, pytest's -k
     (timeout -s INT "$seconds" python3 -m pytest tests/gpu -s -v -k "$2" --durations 5; echo "exit code $?") >"$logs/$1.log" 2>&1 &
 }
 # Never run on a GPU: the kernels of the shipped path, alone first, then in servers, whose logs say what the warm-up took.
-OMP_NUM_THREADS=1 timeout -s INT 200 python3 -m pytest tests/kernels/refine tests/kernels/repeats tests/kernels/bias \
+OMP_NUM_THREADS=1 timeout -s INT 200 python3 -m pytest tests/kernels/refine tests/kernels/standing tests/kernels/repeats tests/kernels/bias \
     tests/kernels/move tests/kernels/test_batch.py -n 8 -q -k "not 1000-8 and not 4097-8" | tail -20 | tee "$logs/shipped-kernels.log"
 check key-bias "key_bias"
 check plans "sleeping_stream"

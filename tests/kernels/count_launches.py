@@ -1,6 +1,6 @@
 """Count what the device is asked to do for one layer of a batch by the shipped path, without a device.
 
-    python -m tests.kernels.count_launches [--prompts 1 4 16] [--prompt-tokens 32768]    # one line of JSON each
+    python -m tests.kernels.count_launches [--prompts 1 4 16] [--prompt-tokens 32768] [--method NAME]    # lines of JSON
 
 On fake CUDA tensors, with Llama-3.1-8B's heads: every launch of a Triton kernel is recorded, and every operation of
 torch counts as one launch unless it makes a view or new memory. Torch's sorts are several launches, counted as one.
@@ -56,9 +56,9 @@ class Work(TorchDispatchMode):
         return result
 
 
-def make_method(device: torch.device, scorer: int = 32):
-    """The method with an entry scorer and ``key_bias``, its weights empty."""
-    method = load_method("metasoft").__new__(load_method("metasoft"))
+def make_method(device: torch.device, name: str = "metasoft", scorer: int = 32):
+    """A method with ``key_bias``, its weights and an entry scorer's empty."""
+    method = load_method(name).__new__(load_method(name))
     method.config, method.shape, method.device = MetaSoftConfig(consolidation="key_bias"), SHAPE, device
     method.embed = lambda ids: torch.empty(ids.numel(), SHAPE.hidden_size, dtype=torch.bfloat16, device=device)
     with device:
@@ -97,10 +97,10 @@ def layer(batch: FusedBatch, qkv: list[torch.Tensor], pool: LayerPool) -> None:
     batch.write(pool, consolidated)
 
 
-def count(prompts: int, tokens: int, launches: list[Launch]) -> dict:
+def count(prompts: int, tokens: int, launches: list[Launch], name: str = "metasoft") -> dict:
     """Launches of one layer of such prompts, and those that are made once for all layers."""
     device = torch.device("cuda")
-    method = make_method(device)
+    method = make_method(device, name)
     jobs = make_jobs(method, prompts, tokens, device)
     with Work() as once:
         batch = FusedBatch(jobs, method, attend)
@@ -120,11 +120,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt-tokens", type=int, default=32_768)
+    parser.add_argument("--method", default="metasoft", help="snapkv_keydiff: what is served without a compressor")
     args = parser.parse_args()
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
         launches = record(patch, holds_args=False)
         for prompts in args.prompts:
-            print(json.dumps(count(prompts, args.prompt_tokens, launches)), flush=True)
+            print(json.dumps(count(prompts, args.prompt_tokens, launches, args.method)), flush=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from metasoft_kernels.repeats.naive import Groups
 from metasoft_kernels.route import fused as route_kernels
 from metasoft_kernels.score import fused as score_kernels
 from metasoft_kernels.select import fused as select_kernels
+from metasoft_kernels.standing import fused as standing_kernels
 
 LAYERS, WIDTH = 2, 32  # of the entry scorer
 
@@ -49,7 +50,7 @@ def launch_a_layer(heads, groups, d, dtype, pool_dtype, device, spans=(4000, 300
 
 
 def launch_a_biased_layer(key, value, slots, mass, span, kept, sinks, new_slots, scale) -> None:
-    """The shipped compressor's stages after the score; then a layer whose importance is the attention."""
+    """The shipped compressor's stages after the score; then without one, and where importance is the attention."""
     groups, d = key.shape[1:]
     options = {"dtype": torch.float32, "device": key.device}
     heads = (2, LAYERS, groups)
@@ -61,7 +62,8 @@ def launch_a_biased_layer(key, value, slots, mass, span, kept, sinks, new_slots,
     kept_rows = torch.empty(groups, kept.total, dtype=torch.int32, device=key.device)
     directions = torch.empty(span.num_requests, LAYERS, groups, d, **options)[:, 1]
     scored = refine_kernels.log_importance(mass, key, value, slots, weights, sinks, 1, 0, span, 0.5, 0.5)
-    for worth in (scored, Scored(mass, mass)):
+    standing = standing_kernels.better_standing(mass, key, slots, span)
+    for worth in (scored, standing, Scored(mass, mass)):
         ranked = repeat_kernels.demote(worth, repeats, span)
         is_kept = select_kernels.mark_top(ranked, sinks, span, kept, kept_rows)
         biases = bias_kernels.log_biases(worth, is_kept, kept_rows, repeats, sinks, span, kept, ranked)

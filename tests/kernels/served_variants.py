@@ -1,6 +1,6 @@
 """What Triton compiles in a warm-up, and what batches that are served afterwards would have it compile besides.
 
-    python -m tests.kernels.served_variants CONSOLIDATION      # one line of JSON
+    python -m tests.kernels.served_variants CONSOLIDATION [METHOD]      # one line of JSON
 
 On fake CUDA tensors, launches recorded; without TRITON_INTERPRET, whose kernels know of no variants.
 """
@@ -49,14 +49,15 @@ def serve(method, spans: list[int], ratio: float) -> None:
 
 
 def main() -> None:
-    consolidation, draw = sys.argv[1], random.Random(3)
+    consolidation, name, draw = sys.argv[1], [*sys.argv, "metasoft"][2], random.Random(3)
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode():
         launches = record(patch)
         patch.setattr(torch.cuda, "synchronize", lambda device: None)
-        method = make_method("metasoft", patch, CUDA, consolidation=consolidation)
+        method = make_method(name, patch, CUDA, consolidation=consolidation)
         with CUDA:
             scorer = EntryScorer(SHAPE.num_layers, SHAPE.num_kv_heads, SHAPE.head_dim, 8)
-        method.soft_tokens.scorer = scorer.requires_grad_(False) if consolidation == "key_bias" else None
+        if name == "metasoft":
+            method.soft_tokens.scorer = scorer.requires_grad_(False) if consolidation == "key_bias" else None
         warm_up(method, attend, make_pool(CUDA), SHAPE.num_heads, torch.float32)
         compiled = variants(launches)
         launches.clear()

@@ -56,8 +56,10 @@ def make_jobs(case, pool, biases_keys):
 
 
 FUSED = [name for name in CONSOLIDATIONS if load_consolidation(name).is_fused]
-# The probe's attention alone, a score of its own, and an entry scorer, which has kernels with biased keys alone.
-PAIRS = [*itertools.product(["judge_q", "snapkv"], FUSED), ("metasoft", "none"), ("metasoft", "key_bias")]
+# The probe's attention alone, and a score of its own.
+PAIRS = [*itertools.product(["judge_q", "snapkv"], FUSED)]
+# An entry scorer, which has kernels with biased keys alone, and a score that has kernels.
+PAIRS += itertools.product(["metasoft", "snapkv_keydiff"], ["none", "key_bias"])
 
 
 @pytest.mark.parametrize(("name", "consolidation"), PAIRS)
@@ -95,7 +97,7 @@ def test_batch(name, consolidation, dtype):
 
 
 @pytest.mark.parametrize("limit_bytes", [1, 13 * 2 * sum(SPANS) + 12 * 3 * sum(KEPT)], ids=["a head", "two heads"])
-@pytest.mark.parametrize("name", ["judge_q", "metasoft"])
+@pytest.mark.parametrize("name", ["judge_q", "metasoft", "snapkv_keydiff"])
 def test_heads_in_pieces_give_the_same(name, limit_bytes, monkeypatch):
     """Where the workspace does not hold all heads: the same entries and the same bits."""
     case = Case(0, 3, 2, 64, 1, torch.bfloat16)

@@ -12,7 +12,7 @@ from tests.kernels.compile_ahead import SHAPES, SHARED_LIMIT_BYTES
 
 SHIPPED = {
     "attend_part", "attend_own", "merge_parts", "importance", "log_sums", "log_importance", "demote", "split_top",
-    "pass_on", "biases", "move_biased",
+    "pass_on", "biases", "move_biased", "standing_sums", "cosines", "standings",
 }  # fmt: skip
 KERNELS = SHIPPED | {"route", "carry", "flow", "move"}
 PRODUCTS = ("attend_part", "attend_own", "importance", "route")  # on tensor cores

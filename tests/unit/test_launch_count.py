@@ -12,11 +12,12 @@ MOST = 12
 
 
 @pytest.mark.parametrize("prompts", [1, 4, 16])
-def test_a_layer_of_the_shipped_path(prompts, monkeypatch):
+@pytest.mark.parametrize(("name", "expected"), [("metasoft", 11), ("snapkv_keydiff", 12)])
+def test_a_layer_with_and_without_a_compressor(name, expected, prompts, monkeypatch):
     launches = record(monkeypatch, holds_args=False)
     with FakeTensorMode():
-        found = count(prompts, 3000, launches)
-    assert found["torch"] == {} and found["launches_per_layer"] == sum(found["kernels"].values()) == 11 <= MOST
+        found = count(prompts, 3000, launches, name)
+    assert found["torch"] == {} and found["launches_per_layer"] == sum(found["kernels"].values()) == expected <= MOST
 
 
 def test_operations_of_torch_are_counted_where_they_run_on_the_device():

@@ -1,6 +1,8 @@
 """Every method with every consolidation on plain tensors, and each method against its formula written anew."""
 
 import math
+import statistics
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sglang_metasoft.config import CONSOLIDATIONS, METHODS, MetaSoftConfig
 from sglang_metasoft.consolidations import load_consolidation
 from sglang_metasoft.consolidations.calibration import CALIBRATION_TOKENS
 from sglang_metasoft.methods import load_method
+from sglang_metasoft.methods.base import Method
 from sglang_metasoft.methods.expected_attention import FUTURE_TOKENS, mean_rotation
 from sglang_metasoft.pipeline.layer import compress_layer
 from sglang_metasoft.pipeline.probe import make_probe
@@ -231,19 +234,22 @@ def test_keydiff_is_minus_the_cosine_with_the_mean_direction():
         torch.testing.assert_close(importance[group], torch.stack(expected), atol=1e-5, rtol=1e-4)
 
 
-def test_snapkv_keydiff_gives_a_quarter_to_attention_and_the_rest_to_unlike_keys():
+def test_snapkv_keydiff_is_the_better_of_two_standings():
     view = make_view(8)
-    both, snapkv, keydiff = (make_method(name) for name in ("snapkv_keydiff", "snapkv", "keydiff"))
-    scores, attention, unlike = (method.score_layer(view) for method in (both, snapkv, keydiff))
-    assert torch.equal(scores.mass, attention.importance)
+    method = make_method("snapkv_keydiff")
+    scores = method.score_layer(view)
+    assert torch.equal(scores.mass, Method.score_layer(method, view).importance)
+    cosines = -make_method("keydiff").score_layer(view).importance
     for group in range(GROUPS):
-        seen, apart, best = (
-            importance[group].argsort(descending=True).tolist()
-            for importance in (attention.importance, unlike.importance, scores.importance)
-        )
-        for quarter in (1, 3, 6):
-            assert set(seen[:quarter]) | set(apart[: 3 * quarter]) <= set(best[: 4 * quarter])
-        assert set(seen[:9]) - set(best[:12])
+        mass = scores.mass[group].tolist()
+        seen = [math.log(max(1e-9, statistics.mean(mass[max(0, n - 3) : n + 4]))) for n in range(SPAN)]
+        alike = cosines[group].tolist()
+        of_seen, of_alike = (NormalDist(statistics.mean(row), statistics.pstdev(row)) for row in (seen, alike))
+        expected = [
+            1 - min(3 * (1 - of_seen.cdf(by_attention)), of_alike.cdf(by_key))
+            for by_attention, by_key in zip(seen, alike, strict=True)
+        ]
+        torch.testing.assert_close(scores.importance[group], torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
 def random_scores(ids=None, layer=1, first_kv_head=0, groups=GROUPS):

@@ -20,12 +20,12 @@ from tests.unit.methods import SHAPE, make_method, make_pool
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("consolidation", ["key_bias", "attention_flow", "none"])
-def test_nothing_is_compiled_after_it(consolidation):
+@pytest.mark.parametrize("served", [("key_bias",), ("attention_flow",), ("none",), ("key_bias", "snapkv_keydiff")])
+def test_nothing_is_compiled_after_it(served):
     """Batches of one to five prompts of 100 to 100,000 tokens, at several ratios."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = f"{ROOT}:{environment.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-m", "tests.kernels.served_variants", consolidation]
+    command = [sys.executable, "-m", "tests.kernels.served_variants", *served]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])

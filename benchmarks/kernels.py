@@ -32,6 +32,7 @@ from metasoft_kernels.route import fused as route_kernels
 from metasoft_kernels.score import fused as score_kernels
 from metasoft_kernels.select import fused as select_kernels
 from metasoft_kernels.select import naive as select_naive
+from metasoft_kernels.standing import fused as standing_kernels
 
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.consolidations.repeats import group_repeats
@@ -42,6 +43,7 @@ STAGES = {  # of a layer, by what is served
     "none": ("probe", "score", "select", "move"),
     "attention_flow": ("probe", "score", "select", "route", "merge", "move"),
     "key_bias": ("probe", "score", "refine", "repeats", "mark", "bias", "move_biased"),  # the shipped compressor
+    "snapkv_keydiff": ("probe", "score", "standing", "repeats", "mark", "bias", "move_biased"),  # without a compressor
 }
 ENTRY_BYTES = 2  # bf16
 # NVIDIA's data sheet of the H200 SXM: HBM3e bandwidth, and bf16 tensor cores without sparsity.
@@ -114,6 +116,7 @@ def count(model: Model, batch: Batch) -> dict[str, Cost]:
         "merge": Cost(pairs * 12 * 2 * 4 + pairs * 8 + (dropped + 2 * kept) * entry, 2 * pairs * d),
         "move": Cost(4 * kept * entry),
         "refine": Cost(2 * span * entry + 3 * scores, 0, 2 * span * groups * (1.5 * d + 2) * SCORER_WIDTH),
+        "standing": Cost(2 * span * entry + 5 * scores, 0, 6 * span * groups * d),
         "repeats": Cost(2 * scores + groupings),
         "mark": Cost(5 * scores + span * groups + 4 * kept * groups),
         "bias": Cost(2 * (4 * scores + span * groups + groupings) + 8 * kept * groups),
@@ -205,6 +208,7 @@ def measure_stages(model: Model, batch: Batch) -> dict[str, float]:
     biased = (key, value, span_slots, marked_rows, new_slots, biases, directions, kept, scale)
     stages = {
         "refine": lambda: refine_kernels.log_importance(*refine),
+        "standing": lambda: standing_kernels.better_standing(mass, key, span_slots, span),
         "repeats": lambda: repeat_kernels.demote(scored, groupings, span),
         "mark": lambda: select_kernels.mark_top(ranked, sinks, span, kept, marked_rows),
         "bias": lambda: bias_kernels.log_biases(*bias),

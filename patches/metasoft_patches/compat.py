@@ -200,12 +200,6 @@ REFUSED = (
         "window layers cannot drop entries",
     ),
     Refusal(
-        "models with 3-D positions (M-RoPE)",
-        MODEL,
-        lambda args, model: model.model_is_mrope,
-        "the position offset is one number",
-    ),
-    Refusal(
         "encoder-decoder models",
         MODEL,
         lambda args, model: model.is_encoder_decoder,

@@ -63,7 +63,7 @@ UNEQUAL = "a tiny model of it did not answer as transformers does, and it is not
 CHUNKS = "layers that attend within chunks count them by entries, which are fewer after a compression"
 CAPPED = "layers cap their logits, which probes do not"
 SHARED = "layers share keys and values, or add embeddings of their own"
-POSITIONS_3D = "positions have three numbers (M-RoPE), the position offset is one"
+OWN_POSITIONS = "positions of what it decodes are those of an image that it makes"
 DRAFT = "it is a draft model of speculative decoding, which is refused"
 NOT_CAUSAL = "its attention is not causal"
 CROSS = "cross attention has a cache of its own"
@@ -73,6 +73,7 @@ GAPS = "layers without attention are not known"
 LOOPS = "a layer's attention runs several times with different windows"
 NO_BIAS = "keys carry no bias (`key_bias`) where a position does more to a query than to turn it: entries are dropped"
 TEXT = "text prompts; a prompt with an image or sound stays uncompressed"
+TEXT_3D = f"{TEXT}, and so do a chat's turns from there on"
 
 WITH_WINDOWS = Unlike("its configuration has window layers", _has_windows, WINDOWS)
 WITH_WINDOW_PATTERN = Unlike("its configuration has window layers", _has_window_pattern, WINDOWS)
@@ -80,9 +81,6 @@ WITH_MAMBA = Unlike("it has Mamba layers", lambda model: "mamba" in (_text(model
 WITH_SPARSE = Unlike("it has sparse attention", lambda model: bool(_text(model, "sparse_config")), SPARSE)
 WITH_LATENT = Unlike("its text model has MLA", lambda model: bool(_text(model, "kv_lora_rank")), LATENT)
 WITH_GAPS = Unlike("some of its layers have no attention", _skips_layers, GAPS)
-WITHOUT_3D = Unlike(
-    "it is run with one position a token (`language_model_only`)", lambda model: not model.model_is_mrope
-)
 
 SERVED, DIFFERENT, REFUSED = Verdict.SERVED, Verdict.DIFFERENT, Verdict.REFUSED
 
@@ -153,18 +151,20 @@ FAMILIES = (
         TEXT,
         WITH_LATENT,
     ),
+    Family("Qwen2-VL", "Qwen2VLForConditionalGeneration", DIFFERENT, TEXT_3D, is_tried=True),
+    Family("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", DIFFERENT, TEXT_3D, is_tried=True),
+    Family("Qwen3-VL", "Qwen3VLForConditionalGeneration", DIFFERENT, TEXT_3D, is_tried=True),
+    Family("GLM-4.1V", "Glm4vForConditionalGeneration", DIFFERENT, TEXT_3D, is_tried=True),
     Family(
-        "Qwen2-VL to Qwen3-VL, GLM-4V and others with M-RoPE",
-        "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration Qwen3VLForConditionalGeneration "
-        "Qwen3VLMoeForConditionalGeneration Qwen3OmniMoeForConditionalGeneration Glm4vForConditionalGeneration "
-        "Glm4vMoeForConditionalGeneration GlmOcrForConditionalGeneration GlmImageForConditionalGeneration "
-        "Ernie4_5_VLMoeForConditionalGeneration PaddleOCRVLForConditionalGeneration MiDashengLMModel "
-        "BailingMMNativeForConditionalGeneration BailingMM2NativeForConditionalGeneration "
+        "Qwen3-VL-MoE, Qwen3-Omni, GLM-4.5V, GLM-4.6V and others with M-RoPE",
+        "Qwen3VLMoeForConditionalGeneration Qwen3OmniMoeForConditionalGeneration Glm4vMoeForConditionalGeneration "
+        "GlmOcrForConditionalGeneration Ernie4_5_VLMoeForConditionalGeneration PaddleOCRVLForConditionalGeneration "
+        "MiDashengLMModel BailingMMNativeForConditionalGeneration BailingMM2NativeForConditionalGeneration "
         "InternS1ProForConditionalGeneration Cosmos3ForConditionalGeneration Cosmos3EdgeForConditionalGeneration",
-        REFUSED,
-        POSITIONS_3D,
-        WITHOUT_3D,
+        DIFFERENT,
+        TEXT_3D,
     ),
+    Family("GLM-Image", "GlmImageForConditionalGeneration", REFUSED, OWN_POSITIONS),
     Family("Gemma 2", "Gemma2ForCausalLM", REFUSED, CAPPED),
     Family("Gemma 3", "Gemma3ForCausalLM Gemma3ForConditionalGeneration", REFUSED, WINDOWS),
     Family("Gemma 3n", "Gemma3nForCausalLM Gemma3nForConditionalGeneration", REFUSED, SHARED),

@@ -103,14 +103,14 @@ class SelfTest:
         pool.req_to_token[row, : self.tokens] = slots.to(pool.req_to_token.dtype)
         rows = torch.tensor([row], dtype=torch.int64, device=self.device)
         positions = torch.arange(self.tokens, device=self.device)
-        batch = extend_batch(self.ids, positions, rows, slots, [0], [self.tokens])
+        batch = extend_batch(self.runner, self.ids, positions, rows, slots, [0], [self.tokens])
         self.adapter.plan_attention(self.runner, batch)
         with (
             torch.no_grad(),
             Recording(self.runner.model, self.probed) as record,
             self.adapter.forward_scope(self.runner.model, self.runner.attn_backend, batch),
         ):
-            hidden = self.body.hidden_states(self.ids, positions, batch)
+            hidden = self.body.hidden_states_as_served(self.ids, positions, batch)
         return record.seen(hidden)
 
     def _run_as_probe(self, slots: torch.Tensor) -> Seen:

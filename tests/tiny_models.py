@@ -140,7 +140,7 @@ MODELS = {
         SEEING
         | dict(
             text_config=COMMON | dict(rope_parameters=ROWS),
-            vision_config=TOWER | dict(window_size=32, fullatt_block_indexes=[1]),
+            vision_config=TOWER | dict(window_size=4 * tiny_vision.PATCH, fullatt_block_indexes=[1]),
         ),
         processor="Qwen2_5_VL",
     ),
@@ -158,7 +158,7 @@ MODELS = {
         SEEING
         | dict(
             text_config=COMMON | dict(rope_parameters=ROWS | dict(mrope_section=[1, 1, 2], partial_rotary_factor=0.5)),
-            vision_config=TOWER | dict(image_size=64),
+            vision_config=TOWER | dict(image_size=8 * tiny_vision.PATCH),
         ),
         processor="Glm4v",
     ),

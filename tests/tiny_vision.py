@@ -10,7 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-PATCH = 8  # pixels of a side
+PATCH = 14  # pixels of a side; SGLang's Qwen2.5-VL takes no other
 SIDE = 2 * PATCH  # of what becomes one token
 IMAGE_TOKENS = 16
 START, END = 5, 6  # ids of the words around an image
@@ -47,7 +47,8 @@ def special_ids(vocabulary: int) -> dict[str, int]:
     """Fields of a configuration; what stands in an image's place lies behind the vocabulary of the text part."""
     return dict(
         image_token_id=vocabulary, video_token_id=vocabulary + 1, vision_start_token_id=START, vision_end_token_id=END,
-        image_start_token_id=START, image_end_token_id=END, video_start_token_id=START, video_end_token_id=END,
+        image_start_token_id=START, image_end_token_id=END,
+        video_start_token_id=vocabulary - 2, video_end_token_id=vocabulary - 1,
     )  # fmt: skip
 
 

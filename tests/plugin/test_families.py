@@ -98,14 +98,11 @@ def test_windows_that_a_served_class_honors_are_refused(tmp_path):
     assert said == f"model class Olmo2ForCausalLM: {families.WINDOWS}"
 
 
-def test_a_vision_model_run_with_one_position_a_token_is_not_refused():
-    model = SimpleNamespace(
-        hf_config=SimpleNamespace(architectures=["Qwen3VLForConditionalGeneration"]),
-        model_impl="auto", model_is_mrope=True,
-    )  # fmt: skip
-    assert families.why_refused(model) == families.POSITIONS_3D
-    model.model_is_mrope = False
-    assert families.why_refused(model) is None and "language_model_only" in families.verdict_on(model)
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Glm4v", "Glm4vMoe"])
+def test_a_model_with_three_positions_a_token_is_served_for_texts(tmp_path, name):
+    model = model_of(tmp_path, getattr(transformers, f"{name}Config")(), f"{name}ForConditionalGeneration")
+    model.model_is_mrope = True  # as its released checkpoints say
+    assert refused(model) == [] and families.TEXT_3D in families.verdict_on(model)
 
 
 def test_a_class_from_elsewhere_is_left_to_the_self_test(monkeypatch):

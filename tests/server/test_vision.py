@@ -19,7 +19,9 @@ from tests.tiny_vision import IMAGE_TOKENS, as_url, make_image, placed
 pytestmark = pytest.mark.server
 
 SLOW = {"qwen2_5_vl", "glm4v"}
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name, tiny in MODELS.items() if tiny.processor]
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name, tiny in MODELS.items() if tiny.processor
+]
 RATIO, OUTPUT_TOKENS = families.RATIO, 24
 TEXT = "The light keeper counted ships, wrote down their names, and what the weather was when they passed by. "
 

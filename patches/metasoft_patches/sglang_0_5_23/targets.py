@@ -130,8 +130,7 @@ PINNED = (
         ("src = getattr(forward_batch, slot.name, None)", "_grouped_foreach_copy_(gpu_dsts, gpu_srcs)"),
     ),
     (
-        "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:"
-        "PrefillCudaGraphRunner._get_layer_model_positions",
+        "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner._get_layer_model_positions",
         ("getattr(model, 'is_mrope_enabled', False)", "return forward_batch.mrope_positions"),
     ),
     (

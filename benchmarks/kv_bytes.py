@@ -4,9 +4,9 @@
 window. Entries are 2 bytes a number. A model that is refused has no figure after.
 
 - A ``full`` layer holds every token; after, ``ceil(tokens / ratio)``.
-- A ``window`` layer in the same pool holds every token too, though it sees a window alone; a prompt has as many entries
-  in each layer of a pool, so that after it all keep at least the window. In a pool of its own (``has_window_pool``) such
-  a layer holds its window, before and after.
+- A ``window`` layer in the same pool holds every token too, though it sees a window alone; a prompt has as many
+  entries in each layer of a pool, so that after it all keep at least the window. In a pool of its own
+  (``has_window_pool``) such a layer holds its window, before and after.
 - A ``recurrent`` layer holds a state that does not grow. A ``latent`` one (MLA) holds one vector for all heads.
 
     python benchmarks/kv_bytes.py [--prompt-tokens 32768] [--ratios 4 8]

@@ -6,7 +6,6 @@ What a model says of an image is transformers' own answer; plain SGLang's is ask
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 import transformers
 
 from sglang_metasoft.types import Bypass

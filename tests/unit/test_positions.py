@@ -154,7 +154,7 @@ MROPE_RUNNER = SimpleNamespace(**vars(RUNNER) | {"model_config": MROPE_MODEL})
 
 
 def image(*positions: int, delta: int) -> SimpleNamespace:
-    """What SGLang holds of a prompt with an image: the three positions of its tokens; here the rows are 0, 1 and 2 up."""
+    """What SGLang holds of a prompt with an image: three positions a token; here the rows are 0, 1 and 2 up."""
     rows = torch.tensor([positions] * 3) + torch.arange(3)[:, None]
     return SimpleNamespace(
         mrope_positions=rows, mrope_position_delta=torch.tensor([[delta]]), mrope_position_delta_repeated_cache=None

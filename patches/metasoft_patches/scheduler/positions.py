@@ -18,8 +18,8 @@ class PositionShift:
         """Give the batch new tensors of positions, if any of its requests has an offset.
 
         Args:
-            forward_batch: SGLang's; its ``positions`` are ``[n]``, and what a model with M-RoPE reads instead, its
-                ``mrope_positions``, ``[3, n]``. The three are the same for a text, and an image's request has no offset.
+            forward_batch: SGLang's; its ``positions`` are ``[n]``, and its ``mrope_positions``, which a model with
+                M-RoPE reads instead, ``[3, n]``: of a text thrice the same, and an image's request has no offset.
             batch: the ``ScheduleBatch`` that it was made from.
         """
         offsets = [req.metasoft.offset if hasattr(req, "metasoft") else 0 for req in batch.reqs or ()]

@@ -6,9 +6,13 @@ asked of the loaded model once more, at every start (``forward/self_test.py``).
 """
 
 import enum
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from huggingface_hub import try_to_load_from_cache
 
 
 class Verdict(enum.StrEnum):
@@ -283,6 +287,31 @@ BY_CLASS = {name: family for family in FAMILIES for name in family.classes.split
 def class_of(model: Any) -> str:
     """The class that SGLang loads for a model, by its ``ModelConfig``: the first name that its configuration has."""
     return (model.hf_config.architectures or ["none"])[0]
+
+
+def refused_in_file(model_path: str) -> tuple[str, str] | None:
+    """The class that a model's file names, and why it is refused whatever else is configured; None: not known, or not.
+
+    Args:
+        model_path: a folder, or a hub id that is cached; nothing is downloaded.
+    """
+    file = Path(model_path) / "config.json"
+    if not file.is_file():
+        try:
+            cached = try_to_load_from_cache(model_path, "config.json")
+        except ValueError:  # it is no hub id either
+            return None
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    try:
+        names = json.loads(file.read_text()).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return None
+    family = BY_CLASS.get(names[0]) if names else None
+    if family is None or family.verdict is not Verdict.REFUSED or family.unless is not None:
+        return None
+    return names[0], family.words
 
 
 def why_refused(model: Any) -> str | None:

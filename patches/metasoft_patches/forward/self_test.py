@@ -17,6 +17,7 @@ from metasoft_kernels.probe import attend
 
 from metasoft_patches.adapter import Adapter
 from metasoft_patches.cache.commit import Committer
+from metasoft_patches.forward import lora
 from metasoft_patches.forward.body import Body, attention_modules
 from metasoft_patches.forward.layers import find_ropes
 from metasoft_patches.forward.probe import ProbeBackend, extend_batch, run_probe
@@ -108,6 +109,7 @@ class SelfTest:
         with (
             torch.no_grad(),
             Recording(self.runner.model, self.probed) as record,
+            lora.routing(self.runner, batch, [None]),
             self.adapter.forward_scope(self.runner.model, self.runner.attn_backend, batch),
         ):
             hidden = self.body.hidden_states_as_served(self.ids, positions, batch)

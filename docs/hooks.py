@@ -6,6 +6,7 @@ hook of MkDocs this takes the marks out.
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 from metasoft_patches.compat import support_matrix
@@ -90,7 +91,13 @@ def needles() -> str:
     return "\n".join(lines)
 
 
+def kv_bytes() -> str:
+    """Bytes of KV by token of known models, before and after."""
+    return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "kv_bytes.py"))["table"]()
+
+
 TABLES = {
+    "kv_bytes": kv_bytes,
     "natural": natural,
     "needles": needles,
     "flags": flags,

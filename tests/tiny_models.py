@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import transformers
 
+from tests import tiny_vision
+
 VOCABULARY, LAYERS, HEADS, KV_HEADS, HEAD_SIZE, HIDDEN = 512, 3, 4, 2, 16, 64
 POSITIONS = 4096
 COMMON = dict(
@@ -40,9 +42,23 @@ class Tiny(NamedTuple):
     more: dict = {}
     has_twin: bool = True  # transformers computes the same; MiniMax-M2 there always has the norm that needs a GPU here
     is_run: bool = True  # by servers in the tests; else SGLang's class needs a GPU, or fails by itself
+    processor: str = ""  # of images, where it sees: its family in transformers
 
 
 UNWINDOWED = {name: dict(sliding_window=None) for name in ("mistral", "starcoder2")}
+# The text part alone, as transformers has it, where a model has more: with one position a token.
+TEXT_TWINS = {
+    "mistral_small": "MistralForCausalLM",
+    "qwen2_vl": "Qwen2ForCausalLM",
+    "qwen2_5_vl": "Qwen2ForCausalLM",
+    "qwen3_vl": "Qwen3ForCausalLM",
+    "glm4v": "Glm4ForCausalLM",
+}
+ROWS = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 3, 3])  # of positions: time, height, width
+TOWER = dict(depth=2, hidden_size=32, out_hidden_size=HIDDEN, num_heads=2, intermediate_size=64) | dict(
+    patch_size=tiny_vision.PATCH
+)
+SEEING = tiny_vision.special_ids(VOCABULARY) | dict(tie_word_embeddings=False)
 GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0)
 MODELS = {
     "llama": Tiny("LlamaForCausalLM", SIZED),
@@ -109,25 +125,66 @@ MODELS = {
         dict(vocab_size=VOCABULARY, n_positions=2048, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS)
         | dict(bos_token_id=1, eos_token_id=2),
     ),
+    "qwen2_vl": Tiny(
+        "Qwen2VLForConditionalGeneration",
+        SEEING
+        | dict(
+            text_config=COMMON | dict(rope_parameters=ROWS),
+            vision_config=dict(depth=2, embed_dim=32, hidden_size=HIDDEN, num_heads=2, mlp_ratio=2, in_chans=3)
+            | dict(patch_size=tiny_vision.PATCH),
+        ),
+        processor="Qwen2VL",
+    ),
+    "qwen2_5_vl": Tiny(
+        "Qwen2_5_VLForConditionalGeneration",
+        SEEING
+        | dict(
+            text_config=COMMON | dict(rope_parameters=ROWS),
+            vision_config=TOWER | dict(window_size=4 * tiny_vision.PATCH, fullatt_block_indexes=[1]),
+        ),
+        processor="Qwen2_5_VL",
+    ),
+    "qwen3_vl": Tiny(
+        "Qwen3VLForConditionalGeneration",
+        SEEING
+        | dict(
+            text_config=SIZED | dict(rope_parameters=ROWS | dict(mrope_interleaved=True)),
+            vision_config=TOWER | dict(num_position_embeddings=64, deepstack_visual_indexes=[0]),
+        ),
+        processor="Qwen3VL",
+    ),
+    "glm4v": Tiny(
+        "Glm4vForConditionalGeneration",
+        SEEING
+        | dict(
+            text_config=COMMON | dict(rope_parameters=ROWS | dict(mrope_section=[1, 1, 2], partial_rotary_factor=0.5)),
+            vision_config=TOWER | dict(image_size=8 * tiny_vision.PATCH),
+        ),
+        processor="Glm4v",
+    ),
 }
 
 
 def make_model(folder: Path, name: str, seed: int = 0) -> Path:
     """Write a model's configuration and weights; returns the folder."""
     tiny = MODELS[name]
-    model = _draw(tiny.class_name, tiny.settings, seed)
+    model = draw(name, seed)
     model.save_pretrained(folder)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [tiny.class_name]} | tiny.more))
+    if tiny.processor:
+        tiny_vision.save_processor(folder, tiny.processor, VOCABULARY)
     return folder
 
 
 def make_twin(folder: Path, name: str, seed: int = 0) -> Path:
     """The same weights as transformers computes what SGLang does: text alone, and without the window it ignores."""
-    tiny = MODELS[name]
-    model = _draw(tiny.class_name, tiny.settings | UNWINDOWED.get(name, {}), seed)
-    if name == "mistral_small":
-        twin = transformers.MistralForCausalLM(model.config.text_config).float()
+    model = draw(name, seed, **UNWINDOWED.get(name, {}))
+    if name in TEXT_TWINS:
+        twin_class = getattr(transformers, TEXT_TWINS[name])
+        settings = {"head_dim": HEAD_SIZE} | model.config.text_config.to_dict()
+        settings["rope_parameters"].pop("mrope_section", None)
+        twin = twin_class(twin_class.config_class(**settings)).float()
         twin.model.load_state_dict(model.model.language_model.state_dict())
         twin.lm_head.load_state_dict(model.lm_head.state_dict())
         model = twin
@@ -135,10 +192,11 @@ def make_twin(folder: Path, name: str, seed: int = 0) -> Path:
     return folder
 
 
-def _draw(class_name: str, settings: dict, seed: int) -> torch.nn.Module:
-    model_class = getattr(transformers, class_name)
+def draw(name: str, seed: int = 0, **settings) -> torch.nn.Module:
+    """The model as transformers has it; ``settings`` change its configuration."""
+    model_class = getattr(transformers, MODELS[name].class_name)
     torch.manual_seed(seed)
-    model = model_class(model_class.config_class(**settings)).float()
+    model = model_class(model_class.config_class(**MODELS[name].settings | settings)).float()
     draw_weights(model)
     return model
 

@@ -27,6 +27,11 @@ class Refusal(NamedTuple):
     is_on: Callable[[Any, Any], bool]  # resolved server arguments, model configuration
     why: str
 
+    @property
+    def error(self) -> ValueError:
+        """One sentence with the feature, the setting and the reason."""
+        return ValueError(f"--enable-metasoft cannot run with {self.feature} ({self.setting}): {self.why}")
+
 
 def _backends(args: Any) -> set[str]:
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
@@ -200,12 +205,6 @@ REFUSED = (
         "window layers cannot drop entries",
     ),
     Refusal(
-        "models with 3-D positions (M-RoPE)",
-        MODEL,
-        lambda args, model: model.model_is_mrope,
-        "the position offset is one number",
-    ),
-    Refusal(
         "encoder-decoder models",
         MODEL,
         lambda args, model: model.is_encoder_decoder,
@@ -285,7 +284,17 @@ def check_features(args: Any, model: Any) -> None:
         ValueError: one sentence with the feature, the setting and the reason.
     """
     for refusal in refusals(args, model):
-        raise ValueError(f"--enable-metasoft cannot run with {refusal.feature} ({refusal.setting}): {refusal.why}")
+        raise refusal.error
+
+
+def check_class(model_path: str | None) -> None:
+    """Refuse a model by the class that its file names, before SGLang settles anything for it, or fails to.
+
+    Raises:
+        ValueError: as :func:`check_features`.
+    """
+    if model_path and (found := families.refused_in_file(model_path)) is not None:
+        raise of_class(*found).error
 
 
 def support_matrix() -> str:

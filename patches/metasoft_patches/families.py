@@ -6,9 +6,13 @@ asked of the loaded model once more, at every start (``forward/self_test.py``).
 """
 
 import enum
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from huggingface_hub import try_to_load_from_cache
 
 
 class Verdict(enum.StrEnum):
@@ -63,7 +67,7 @@ UNEQUAL = "a tiny model of it did not answer as transformers does, and it is not
 CHUNKS = "layers that attend within chunks count them by entries, which are fewer after a compression"
 CAPPED = "layers cap their logits, which probes do not"
 SHARED = "layers share keys and values, or add embeddings of their own"
-POSITIONS_3D = "positions have three numbers (M-RoPE), the position offset is one"
+OWN_POSITIONS = "positions of what it decodes are those of an image that it makes"
 DRAFT = "it is a draft model of speculative decoding, which is refused"
 NOT_CAUSAL = "its attention is not causal"
 CROSS = "cross attention has a cache of its own"
@@ -73,6 +77,7 @@ GAPS = "layers without attention are not known"
 LOOPS = "a layer's attention runs several times with different windows"
 NO_BIAS = "keys carry no bias (`key_bias`) where a position does more to a query than to turn it: entries are dropped"
 TEXT = "text prompts; a prompt with an image or sound stays uncompressed"
+TEXT_3D = f"{TEXT}, and so do a chat's turns from there on"
 
 WITH_WINDOWS = Unlike("its configuration has window layers", _has_windows, WINDOWS)
 WITH_WINDOW_PATTERN = Unlike("its configuration has window layers", _has_window_pattern, WINDOWS)
@@ -80,9 +85,6 @@ WITH_MAMBA = Unlike("it has Mamba layers", lambda model: "mamba" in (_text(model
 WITH_SPARSE = Unlike("it has sparse attention", lambda model: bool(_text(model, "sparse_config")), SPARSE)
 WITH_LATENT = Unlike("its text model has MLA", lambda model: bool(_text(model, "kv_lora_rank")), LATENT)
 WITH_GAPS = Unlike("some of its layers have no attention", _skips_layers, GAPS)
-WITHOUT_3D = Unlike(
-    "it is run with one position a token (`language_model_only`)", lambda model: not model.model_is_mrope
-)
 
 SERVED, DIFFERENT, REFUSED = Verdict.SERVED, Verdict.DIFFERENT, Verdict.REFUSED
 
@@ -153,18 +155,20 @@ FAMILIES = (
         TEXT,
         WITH_LATENT,
     ),
+    Family("Qwen2-VL", "Qwen2VLForConditionalGeneration", DIFFERENT, TEXT_3D, is_tried=True),
+    Family("Qwen2.5-VL", "Qwen2_5_VLForConditionalGeneration", DIFFERENT, TEXT_3D, is_tried=True),
+    Family("Qwen3-VL", "Qwen3VLForConditionalGeneration", DIFFERENT, TEXT_3D, is_tried=True),
+    Family("GLM-4.1V", "Glm4vForConditionalGeneration", DIFFERENT, TEXT_3D, is_tried=True),
     Family(
-        "Qwen2-VL to Qwen3-VL, GLM-4V and others with M-RoPE",
-        "Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration Qwen3VLForConditionalGeneration "
-        "Qwen3VLMoeForConditionalGeneration Qwen3OmniMoeForConditionalGeneration Glm4vForConditionalGeneration "
-        "Glm4vMoeForConditionalGeneration GlmOcrForConditionalGeneration GlmImageForConditionalGeneration "
-        "Ernie4_5_VLMoeForConditionalGeneration PaddleOCRVLForConditionalGeneration MiDashengLMModel "
-        "BailingMMNativeForConditionalGeneration BailingMM2NativeForConditionalGeneration "
+        "Qwen3-VL-MoE, Qwen3-Omni, GLM-4.5V, GLM-4.6V and others with M-RoPE",
+        "Qwen3VLMoeForConditionalGeneration Qwen3OmniMoeForConditionalGeneration Glm4vMoeForConditionalGeneration "
+        "GlmOcrForConditionalGeneration Ernie4_5_VLMoeForConditionalGeneration PaddleOCRVLForConditionalGeneration "
+        "MiDashengLMModel BailingMMNativeForConditionalGeneration BailingMM2NativeForConditionalGeneration "
         "InternS1ProForConditionalGeneration Cosmos3ForConditionalGeneration Cosmos3EdgeForConditionalGeneration",
-        REFUSED,
-        POSITIONS_3D,
-        WITHOUT_3D,
+        DIFFERENT,
+        TEXT_3D,
     ),
+    Family("GLM-Image", "GlmImageForConditionalGeneration", REFUSED, OWN_POSITIONS),
     Family("Gemma 2", "Gemma2ForCausalLM", REFUSED, CAPPED),
     Family("Gemma 3", "Gemma3ForCausalLM Gemma3ForConditionalGeneration", REFUSED, WINDOWS),
     Family("Gemma 3n", "Gemma3nForCausalLM Gemma3nForConditionalGeneration", REFUSED, SHARED),
@@ -283,6 +287,31 @@ BY_CLASS = {name: family for family in FAMILIES for name in family.classes.split
 def class_of(model: Any) -> str:
     """The class that SGLang loads for a model, by its ``ModelConfig``: the first name that its configuration has."""
     return (model.hf_config.architectures or ["none"])[0]
+
+
+def refused_in_file(model_path: str) -> tuple[str, str] | None:
+    """The class that a model's file names, and why it is refused whatever else is configured; None: not known, or not.
+
+    Args:
+        model_path: a folder, or a hub id that is cached; nothing is downloaded.
+    """
+    file = Path(model_path) / "config.json"
+    if not file.is_file():
+        try:
+            cached = try_to_load_from_cache(model_path, "config.json")
+        except ValueError:  # it is no hub id either
+            return None
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    try:
+        names = json.loads(file.read_text()).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return None
+    family = BY_CLASS.get(names[0]) if names else None
+    if family is None or family.verdict is not Verdict.REFUSED or family.unless is not None:
+        return None
+    return names[0], family.words
 
 
 def why_refused(model: Any) -> str | None:

@@ -95,8 +95,10 @@ def read_flags(original, cls, args: argparse.Namespace):
     values = {name: getattr(args, PREFIX + name, None) for name in settings_of()}
     values = {name: value for name, value in values.items() if value is not None}
     config = _make_config(bool(getattr(args, "enable_metasoft", False)), values, args.metasoft_config or {})
-    if config is not None and args.radix_cache_backend is None:
-        args.radix_cache_backend = BACKEND_NAME
+    if config is not None:
+        compat.check_class(args.model_path)
+        if args.radix_cache_backend is None:
+            args.radix_cache_backend = BACKEND_NAME
     record = original(cls, args)
     setattr(record, CARRIER, config)
     return record
@@ -141,6 +143,7 @@ def extend_engine() -> None:
         values = {key.removeprefix(PREFIX): kwargs.pop(key) for key in names}
         config = _make_config(enabled, values, from_json)
         if config is not None:
+            compat.check_class(kwargs.get("model_path"))
             kwargs.setdefault("radix_cache_backend", BACKEND_NAME)
         record = record_class(**kwargs)
         setattr(record, CARRIER, config)

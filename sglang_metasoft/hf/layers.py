@@ -63,6 +63,10 @@ def _ropes(model: "HFModel", limit: int | None) -> list[Rope]:
 
 
 def _table(module: Any, model: "HFModel", places: torch.Tensor) -> torch.Tensor:
-    module(torch.empty(1, device=model.device, dtype=model.dtype), places)  # settles the frequencies for these
+    parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+    if "mrope_section" in parameters:  # it takes three positions a token
+        module(torch.empty(1, device=model.device, dtype=model.dtype), places.expand(3, *places.shape))
+    else:
+        module(torch.empty(1, device=model.device, dtype=model.dtype), places)  # settles the frequencies for these
     angles = places[0, :, None].float() * module.inv_freq.float()
     return torch.cat([angles.cos(), angles.sin()], -1) * module.attention_scaling

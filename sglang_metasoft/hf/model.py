@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from sglang_metasoft.config import shown
 from sglang_metasoft.hf.layers import read_layers
@@ -89,7 +96,10 @@ class HFModel:
             raise self._refusal(f"it has layers of kind {sorted(kinds)}")
         self.tokenizer = tokenizer or load_tokenizer(path)
         try:
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
+            # One that sees besides is run as its text part.
+            is_text = type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+            model_class = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+            self.model = model_class.from_pretrained(path, dtype=dtype, attn_implementation=ATTENTION)
         except Exception as error:  # transformers, safetensors and torch have their own types
             raise ValueError(f"model path: {shown(str(path))} cannot be loaded: {error}") from None
         self.model.requires_grad_(False).eval().to(device)

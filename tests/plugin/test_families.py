@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sglang.srt.plugins as plugins
 import transformers
 from metasoft_patches import compat, families
 from metasoft_patches.doctor.command import main
@@ -15,6 +16,11 @@ from metasoft_patches.families import BY_CLASS, FAMILIES, Verdict
 from sglang.srt.configs.model_config import ModelConfig
 
 from tests.tiny_models import MODELS
+
+plugins.load_plugins()
+
+from sglang.srt.entrypoints.engine import Engine  # noqa: E402
+from sglang.srt.server_args import prepare_server_args  # noqa: E402
 
 SIZES = dict(vocab_size=1000, hidden_size=48, num_hidden_layers=4, num_attention_heads=4)
 
@@ -92,20 +98,65 @@ def test_a_configuration_is_served_or_refused_by_its_class(tmp_path, name, sizes
     assert said == ([] if words is None else [f"model class {architecture}: {words}"])
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("DeepseekV3ForCausalLM", families.LATENT),
+        ("KimiK25ForConditionalGeneration", families.LATENT),
+        ("DeepseekV32ForCausalLM", families.LATENT),  # and DSA
+        ("GlmMoeDsaForCausalLM", families.LATENT),
+        ("Llama4ForConditionalGeneration", families.CHUNKS),
+        ("Gemma2ForCausalLM", families.CAPPED),
+        ("Grok1ForCausalLM", families.CAPPED),
+        ("Qwen3NextForCausalLM", families.RECURRENT),
+        ("Qwen3_5ForConditionalGeneration", families.RECURRENT),
+        ("NemotronHForCausalLM", families.RECURRENT),
+        ("MiniMaxM3SparseForCausalLM", families.SPARSE),
+        ("DeepseekV4ForCausalLM", families.SPARSE),
+        ("TransformersForCausalLM", families.FALLBACK),
+    ],
+)
+@pytest.mark.parametrize("how", ["flags", "engine", "doctor"])
+def test_what_stays_refused_is_named_before_sglang_settles_anything_for_it(tmp_path, capsys, name, words, how):
+    """From a file with a name and nothing else: no weights, no sizes, and some that SGLang settles on a GPU alone."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
+    if how == "doctor":
+        assert said_by_doctor(capsys, tmp_path)[1]["family"]["found"] == f"model class {name} is refused: {words}"
+        return
+    start = {
+        "flags": lambda: prepare_server_args(["--model-path", str(tmp_path), "--enable-metasoft"]),
+        "engine": lambda: Engine.server_args_class(model_path=str(tmp_path), enable_metasoft=True),
+    }[how]
+    with pytest.raises(ValueError) as error:
+        start()
+    assert str(error.value) == f"--enable-metasoft cannot run with model class {name} (--model-path): {words}"
+
+
+def test_a_class_without_one_of_sglangs_own_is_refused(tmp_path):
+    """Its file names a class that only transformers has."""
+    config = transformers.SmolLM3Config(**SIZES, pad_token_id=0)
+    (said,) = refused(model_of(tmp_path, config, "SmolLM3ForCausalLM"))
+    assert said == f"model class SmolLM3ForCausalLM: {families.FALLBACK}"
+
+
+def test_a_served_class_or_none_is_no_reason_to_refuse(tmp_path):
+    assert families.refused_in_file("no/such/model/at/all") is families.refused_in_file(str(tmp_path)) is None
+    for text in ("{", "[]", "{}", '{"architectures": []}', '{"architectures": ["Qwen3ForCausalLM"]}'):
+        (tmp_path / "config.json").write_text(text)
+        assert families.refused_in_file(str(tmp_path)) is None
+
+
 def test_windows_that_a_served_class_honors_are_refused(tmp_path):
     config = transformers.Olmo3Config(**SIZES, layer_types=["sliding_attention"] * 3 + ["full_attention"])
     (said,) = refused(model_of(tmp_path, config, "Olmo2ForCausalLM"))
     assert said == f"model class Olmo2ForCausalLM: {families.WINDOWS}"
 
 
-def test_a_vision_model_run_with_one_position_a_token_is_not_refused():
-    model = SimpleNamespace(
-        hf_config=SimpleNamespace(architectures=["Qwen3VLForConditionalGeneration"]),
-        model_impl="auto", model_is_mrope=True,
-    )  # fmt: skip
-    assert families.why_refused(model) == families.POSITIONS_3D
-    model.model_is_mrope = False
-    assert families.why_refused(model) is None and "language_model_only" in families.verdict_on(model)
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Glm4v", "Glm4vMoe"])
+def test_a_model_with_three_positions_a_token_is_served_for_texts(tmp_path, name):
+    model = model_of(tmp_path, getattr(transformers, f"{name}Config")(), f"{name}ForConditionalGeneration")
+    model.model_is_mrope = True  # as its released checkpoints say
+    assert refused(model) == [] and families.TEXT_3D in families.verdict_on(model)
 
 
 def test_a_class_from_elsewhere_is_left_to_the_self_test(monkeypatch):

@@ -222,7 +222,7 @@ def test_every_refusal_looks_at_fields_that_exist(parse):
         with pytest.raises(ValueError, match="--enable-metasoft cannot run with"):
             compat.check_features(Changed(plain.args, **{name: value}), plain.model)
     for name, value in {
-        "is_hybrid_swa": True, "model_is_mrope": True, "is_encoder_decoder": True, "is_generation": False,
+        "is_hybrid_swa": True, "is_encoder_decoder": True, "is_generation": False,
     }.items():  # fmt: skip
         getattr(plain.model, name)
         with pytest.raises(ValueError, match="--enable-metasoft cannot run with"):

@@ -24,6 +24,8 @@ from sglang_metasoft.types import LayerKind, ModelShape, Turning
 
 HEADS, KV_HEADS, SIZE, LAYERS, VOCABULARY, POSITIONS = 4, 2, 16, 3, 128, 2048
 HIDDEN = HEADS * SIZE
+ROWS = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+INTERLEAVED = ROWS | {"mrope_interleaved": True}
 SHAPE = ModelShape("tiny", VOCABULARY, HIDDEN, LAYERS, HEADS, KV_HEADS, SIZE)
 
 
@@ -93,6 +95,12 @@ class Decoder(torch.nn.Module):
         self.language_model = torch.nn.Module()
         self.language_model.model = Inner(options)
         self.tower = torch.nn.Sequential(Table())  # beside the body
+        self.is_mrope_enabled, self.stride = options.get("has_rows", False), options.get("stride", 1)
+
+    def forward(self, input_ids, positions, forward_batch):
+        if self.is_mrope_enabled:
+            positions = forward_batch.mrope_positions
+        return self.language_model.model(input_ids, positions * self.stride, forward_batch)
 
 
 class Plain:
@@ -127,7 +135,10 @@ def self_test(model: torch.nn.Module, slots: Slots | None = None) -> list:
     slots = slots or Slots()
     runner = SimpleNamespace(
         model=model, device="cpu", dtype=torch.float32, req_to_token_pool=slots.req_to_token_pool,
-        token_to_kv_pool=slots.pool, model_config=SimpleNamespace(context_len=POSITIONS, vocab_size=VOCABULARY),
+        token_to_kv_pool=slots.pool,
+        model_config=SimpleNamespace(
+            context_len=POSITIONS, vocab_size=VOCABULARY, model_is_mrope=getattr(model, "is_mrope_enabled", False)
+        ),
     )  # fmt: skip
     runner.attn_backend = TorchRowsBackend(runner)
     scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner), page_size=1)
@@ -147,6 +158,8 @@ def self_test(model: torch.nn.Module, slots: Slots | None = None) -> list:
         ({"norm_after": True}, [Turning.OTHER] * LAYERS),  # Hunyuan v1
         ({"beta": 0.1}, [Turning.OTHER] * LAYERS),  # Ministral 3
         ({"factor": 12.0}, [Turning.ROPE] * LAYERS),  # MiniCPM, Granite 4
+        ({"has_rows": True, "table": {"rope_scaling": ROWS}}, [Turning.ROPE] * LAYERS),  # Qwen2-VL
+        ({"has_rows": True, "table": {"rope_scaling": INTERLEAVED}}, [Turning.ROPE] * LAYERS),  # Qwen3-VL
     ],
     ids=str,
 )
@@ -163,6 +176,7 @@ def test_what_a_position_does_to_queries_is_seen(options, turnings):
         ({"attention": {"sliding_window_size": 63}}, "the attention of attention layer 0 differs by"),
         ({"attention": {"logit_cap": 0.5}}, "the attention of attention layer 0 differs by"),
         ({"reads_ids": True}, "the hidden states after the last layer differ by"),
+        ({"stride": 2}, "the queries of attention layer 0 differs by"),  # of positions, around the body
     ],
     ids=str,
 )
@@ -183,7 +197,7 @@ def test_a_factor_that_embeddings_do_not_get_is_found(monkeypatch):
     """Where a body's own parameter is used instead of its table's place, embeddings come in without the factor."""
 
     def by_parameter(self, module, input_ids, positions, batch, embeds):
-        return module(input_ids, positions, batch, inputs_embeds=embeds)
+        return module(input_ids, positions, batch, **({} if embeds is None else {"inputs_embeds": embeds}))
 
     monkeypatch.setattr(Body, "_call", by_parameter)
     self_test(Decoder())

@@ -20,12 +20,14 @@ from tests.tiny_models import MODELS, VOCABULARY, make_model, make_twin
 pytestmark = pytest.mark.server
 
 SLOW = {"glm4_moe", "hunyuan_v3", "starcoder2", "gpt2", "llama"}
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name, tiny in MODELS.items() if tiny.is_run]
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW))
+    for name, tiny in MODELS.items()
+    if tiny.is_run and not tiny.processor  # those are in test_vision.py
+]
 PROMPT_TOKENS, WINDOW, SINK, RATIO = 600, 64, 4, 4
-FLAGS = (
-    "--enable-metasoft", "--metasoft-ratio", "1", "--metasoft-min-tokens", "128", "--dtype", "float32",
-    "--skip-tokenizer-init", "--skip-server-warmup", "--max-total-tokens", "16384", "--sleep-on-idle",
-)  # fmt: skip
+PLAIN_FLAGS = ("--dtype", "float32", "--skip-server-warmup", "--max-total-tokens", "16384", "--sleep-on-idle")
+FLAGS = ("--enable-metasoft", "--metasoft-ratio", "1", "--metasoft-min-tokens", "128", *PLAIN_FLAGS)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -49,6 +51,8 @@ def served(name, compressor_dir, tmp_path_factory):
     folder, trace_dir = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp("trace")
     config = {"trace_dir": str(trace_dir), "consolidation": "attention_flow"}
     flags = (*FLAGS, "--metasoft-path", str(compressor_dir), "--metasoft-config", json.dumps(config))
+    if not MODELS[name].processor:
+        flags += ("--skip-tokenizer-init",)
     with start(make_model(folder / "model", name), flags, log=folder / "server.log") as server:
         yield SimpleNamespace(server=server, trace_dir=trace_dir)
 

@@ -89,7 +89,7 @@ def probe(manager, lora_ids: list) -> torch.Tensor:
     layer = OneLayer(manager)
     runner = SimpleNamespace(
         device="cpu", dtype=torch.float32, model=None, lora_manager=manager,
-        model_config=SimpleNamespace(context_len=4096),
+        model_config=SimpleNamespace(context_len=4096, model_is_mrope=False),
     )  # fmt: skip
     adapter = SimpleNamespace(forward_scope=lambda *args: contextlib.nullcontext())
     with PageableMemory():

@@ -8,7 +8,10 @@ import torch
 
 pytest.importorskip("sglang")
 from metasoft_patches.adapter import load_adapter
+from metasoft_patches.scheduler.positions import PositionShift
 from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.model_executor import forward_batch_info
+from sglang.srt.model_executor.cuda_graph_buffer_registry import build_decode_registry
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -51,12 +54,17 @@ def make_batch(mode: ForwardMode, offsets: list[int | None], rows: list[int], **
     )  # fmt: skip
 
 
+def make_forward_batch(batch: ScheduleBatch, runner=RUNNER) -> ForwardBatch:
+    """What SGLang makes of a batch."""
+    with get_parallel().override(moe_ep_size=1, attn_dcp_size=1):
+        return ForwardBatch.init_new(
+            batch, runner, capture_hidden_mode=CaptureHiddenMode.NULL, return_hidden_states_before_norm=False
+        )
+
+
 def launch(batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions that SGLang gives the batch's tokens, and those after the hook."""
-    with get_parallel().override(moe_ep_size=1, attn_dcp_size=1):
-        forward_batch = ForwardBatch.init_new(
-            batch, RUNNER, capture_hidden_mode=CaptureHiddenMode.NULL, return_hidden_states_before_norm=False
-        )
+    forward_batch = make_forward_batch(batch)
     before = forward_batch.positions
     adapter = load_adapter()
     hooks = adapter.hooks.SchedulerHooks(MetaSoftConfig(), adapter)
@@ -111,7 +119,7 @@ def test_every_draft_of_a_request_has_the_offset_of_the_request(mode):
     tree = SimpleNamespace(positions=torch.tensor([7, 8, 8, 90, 91, 91]), num_tokens_per_req=3)
     # extend_lens is what the last prefill left.
     batch = make_batch(mode, [1500, 0], [7, 90], extend_lens=[40, 2], spec_info=tree)
-    forward_batch = SimpleNamespace(positions=tree.positions)
+    forward_batch = SimpleNamespace(positions=tree.positions, mrope_positions=None)
     adapter = load_adapter()
     hooks = adapter.hooks.SchedulerHooks(MetaSoftConfig(), adapter)
     hooks.shift_positions(forward_batch, ForwardBatch, batch, RUNNER)
@@ -127,7 +135,7 @@ def test_while_nothing_changes_a_decode_step_moves_nothing_to_the_device(monkeyp
     shift = positions.PositionShift(adapter)
 
     def step(batch, *given) -> list[int]:
-        forward_batch = SimpleNamespace(positions=torch.tensor(given))
+        forward_batch = SimpleNamespace(positions=torch.tensor(given), mrope_positions=None)
         shift.apply(forward_batch, batch)
         return forward_batch.positions.tolist()
 
@@ -139,3 +147,59 @@ def test_while_nothing_changes_a_decode_step_moves_nothing_to_the_device(monkeyp
     assert step(batch, 11) == [211] and len(moved) == 3
     batch.reqs.append(make_batch(ForwardMode.DECODE, [1500], [501]).reqs[0])
     assert step(batch, 12, 504) == [212, 2004] and len(moved) == 4
+
+
+MROPE_MODEL = SimpleNamespace(model_is_mrope=True, requires_mm_token_modalities=False)
+MROPE_RUNNER = SimpleNamespace(**vars(RUNNER) | {"model_config": MROPE_MODEL})
+
+
+def image(*positions: int, delta: int) -> SimpleNamespace:
+    """What SGLang holds of a prompt with an image: three positions a token; here the rows are 0, 1 and 2 up."""
+    rows = torch.tensor([positions] * 3) + torch.arange(3)[:, None]
+    return SimpleNamespace(
+        mrope_positions=rows, mrope_position_delta=torch.tensor([[delta]]), mrope_position_delta_repeated_cache=None
+    )
+
+
+def rows_of_positions(batch: ScheduleBatch, images: list) -> tuple[ForwardBatch, torch.Tensor]:
+    """A model's with M-RoPE after the hook, ``[3, n]``, and those before it."""
+    batch.multimodal_inputs = images
+    settings = SimpleNamespace(deterministic=SimpleNamespace(rl_on_policy_target=None))
+    with pytest.MonkeyPatch.context() as patch:  # a process that serves has published its own
+        patch.setattr(forward_batch_info, "get_exec", lambda: settings)
+        forward_batch = make_forward_batch(batch, MROPE_RUNNER)
+    before = forward_batch.mrope_positions
+    PositionShift(load_adapter()).apply(forward_batch, batch)
+    return forward_batch, before
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.EXTEND, ForwardMode.MIXED])
+def test_all_three_positions_of_an_extend_are_shifted_and_an_images_are_its_own(mode):
+    batch = make_batch(
+        mode, [100, 30, 0], [13, 71, 7], prefix_lens=[10, 70, 5], extend_lens=[3, 1, 2], extend_num_tokens=6,
+        extend_logprob_start_lens=[3, 1, 2],
+    )  # fmt: skip
+    shifted, before = rows_of_positions(batch, [None, None, image(*range(40, 47), delta=-2)])
+    assert before[:, :4].tolist() == [[10, 11, 12, 70]] * 3
+    assert shifted.mrope_positions.tolist() == [[110, 111, 112, 100, 45 + row, 46 + row] for row in range(3)]
+
+
+def test_all_three_positions_of_a_decode_step_are_shifted_and_a_graph_reads_them():
+    """What a decode graph reads lies in a buffer of its own, filled by SGLang's registry from the batch."""
+    shifted, before = rows_of_positions(
+        make_batch(ForwardMode.DECODE, [1500, 0, None], [501, 8, 91]), [None, image(*range(5), delta=-3), None]
+    )
+    assert before.tolist() == [[500, 4, 90]] * 3 and shifted.mrope_positions.data_ptr() != before.data_ptr()
+    registry = build_decode_registry(
+        device=torch.device("cpu"), max_bs=4, max_num_token=4, seq_len_fill_value=1, cache_loc_dtype=torch.int64,
+        register_global_num_tokens=False, share_pool=False,
+    )  # fmt: skip
+    shifted.input_ids = shifted.out_cache_loc = torch.zeros(3, dtype=torch.int64)
+    registry.fill_from(shifted, raw_bs=3, padded_bs=4, raw_num_tokens=3, padded_num_tokens=4)
+    assert registry.get_slot("mrope_positions").slice_for(4, 4).tolist() == [[2000, 4, 90, 0]] * 3
+    assert registry.get_slot("positions").slice_for(4, 4).tolist() == [2000, 7, 90, 0]
+
+
+def test_without_a_compressed_request_the_very_rows_stay():
+    shifted, before = rows_of_positions(make_batch(ForwardMode.DECODE, [0, None], [4, 5]), [None, None])
+    assert shifted.mrope_positions is before and before.tolist() == [[3, 4]] * 3

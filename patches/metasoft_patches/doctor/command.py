@@ -29,9 +29,9 @@ def main(argv: list[str]) -> int:
         checks.append(check)
         can_ask = shape is not None and all(check.status != "problem" for check in checks if check.name in NEEDED)
         server, features = None, [Check("features", "skipped", "SGLang and the model must be sound first")]
-        if shape is None and (of_file := model_checks.family_in_file(args.model_path)) is not None:
+        if (of_file := model_checks.family_in_file(args.model_path)) is not None:
             checks.append(of_file)
-        if can_ask:
+        elif can_ask:
             features, server = model_checks.server(args.model_path, args.server_flags)
         config = server.config if server else MetaSoftConfig()
         if args.metasoft_path is not None:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -56,15 +55,9 @@ def model(path: str) -> tuple[Check, ModelShape | None]:
 
 
 def family_in_file(path: str) -> Check | None:
-    """What is said of a model's class where nothing but its name can be read, if it is one that is refused."""
-    try:
-        names = json.loads((Path(path) / "config.json").read_text()).get("architectures") or []
-    except (OSError, ValueError, AttributeError):
-        return None
-    family = families.BY_CLASS.get(names[0]) if names else None
-    if family is None or family.verdict is not families.Verdict.REFUSED:
-        return None
-    return _problem(compat.of_class(names[0], family.words))
+    """What is said of a model's class by its name alone, if it is one that is refused."""
+    found = families.refused_in_file(path)
+    return None if found is None else _problem(compat.of_class(*found))
 
 
 def compressor(config: MetaSoftConfig, shape: ModelShape | None) -> Check:

@@ -38,6 +38,12 @@ class Body:
             raise _refusal(model, f"its body {type(self.module).__name__} has {tables} embedding tables")
         self.head = _head_around(self.module, model)
         self._names = {module: _arguments(module, model) for module in (self.module, self.head)}
+        # With M-RoPE, what stands around a body hands it the batch's three rows of positions in place of the one.
+        self.takes_rows = any(
+            getattr(module, "is_mrope_enabled", False)
+            for module in model.modules()
+            if any(inner is self.module for inner in module.modules())
+        )
 
     @property
     def table(self) -> torch.nn.Module:
@@ -59,8 +65,20 @@ class Body:
         Returns:
             ``[n, D]`` after the last layer.
         """
-        out = self._call(self.module, input_ids, positions, batch, embeds)
-        return out[0] if isinstance(out, tuple) else out
+        if self.takes_rows and batch.mrope_positions is not None:
+            positions = batch.mrope_positions
+        return _hidden(self._call(self.module, input_ids, positions, batch, embeds))
+
+    def hidden_states_as_served(self, input_ids: torch.Tensor, positions: torch.Tensor, batch) -> torch.Tensor:
+        """The same, but what stands around the body calls it, as it does for a request; the head runs as well."""
+        seen: list[torch.Tensor] = []
+        handle = self.module.register_forward_hook(lambda module, args, out: seen.append(_hidden(out)))
+        try:
+            self._call(self.head, input_ids, positions, batch, None)
+        finally:
+            handle.remove()
+        (hidden,) = seen
+        return hidden
 
     def logits(
         self, input_ids: torch.Tensor, positions: torch.Tensor, batch, embeds: torch.Tensor | None = None
@@ -85,6 +103,10 @@ class Body:
             yield
         finally:
             handle.remove()
+
+
+def _hidden(out) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
 
 
 def attention_modules(model: torch.nn.Module) -> list[RadixAttention]:

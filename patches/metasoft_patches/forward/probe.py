@@ -108,9 +108,8 @@ def run_probe(
     # Slot 0 is SGLang's padding slot: models that write K and V outside the backend write there.
     nowhere = torch.zeros(total, dtype=torch.int64, device=device)
     input_ids = torch.zeros(total, dtype=torch.int64, device=device)
-    batch = extend_batch(
-        input_ids, positions, req_pool_indices, nowhere, [probe.context_slots for probe in probes], lengths
-    )
+    context_slots = [probe.context_slots for probe in probes]
+    batch = extend_batch(model_runner, input_ids, positions, req_pool_indices, nowhere, context_slots, lengths)
     embeds = torch.cat([probe.embeds for probe in probes]).to(model_runner.dtype)
     lora_ids = [job.lora_id for job in backend.jobs]
     run = body.logits if wants_logits else body.hidden_states
@@ -123,6 +122,7 @@ def run_probe(
 
 
 def extend_batch(
+    model_runner,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
     req_pool_indices: torch.Tensor,
@@ -133,6 +133,7 @@ def extend_batch(
     """A prefill of a few tokens for each request.
 
     Args:
+        model_runner: SGLang's, which knows whether the model has M-RoPE: a text's three positions are the same.
         input_ids, positions: ``[tokens]`` int64.
         req_pool_indices: ``[requests]`` rows of the requests.
         out_cache_loc: ``[tokens]`` int64, where their K and V go.
@@ -150,6 +151,7 @@ def extend_batch(
         seq_lens_sum=int(seq_lens_cpu.sum()),
         seq_lens_cpu=seq_lens_cpu,
         positions=positions,
+        mrope_positions=positions.repeat(3, 1) if model_runner.model_config.model_is_mrope else None,
         spec_algorithm=SpeculativeAlgorithm.NONE,
         capture_hidden_mode=CaptureHiddenMode.NULL,
         extend_num_tokens=len(input_ids),

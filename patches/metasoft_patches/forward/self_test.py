@@ -17,6 +17,7 @@ from metasoft_kernels.probe import attend
 
 from metasoft_patches.adapter import Adapter
 from metasoft_patches.cache.commit import Committer
+from metasoft_patches.forward import lora
 from metasoft_patches.forward.body import Body, attention_modules
 from metasoft_patches.forward.layers import find_ropes
 from metasoft_patches.forward.probe import ProbeBackend, extend_batch, run_probe
@@ -103,14 +104,15 @@ class SelfTest:
         pool.req_to_token[row, : self.tokens] = slots.to(pool.req_to_token.dtype)
         rows = torch.tensor([row], dtype=torch.int64, device=self.device)
         positions = torch.arange(self.tokens, device=self.device)
-        batch = extend_batch(self.ids, positions, rows, slots, [0], [self.tokens])
+        batch = extend_batch(self.runner, self.ids, positions, rows, slots, [0], [self.tokens])
         self.adapter.plan_attention(self.runner, batch)
         with (
             torch.no_grad(),
             Recording(self.runner.model, self.probed) as record,
+            lora.routing(self.runner, batch, [None]),
             self.adapter.forward_scope(self.runner.model, self.runner.attn_backend, batch),
         ):
-            hidden = self.body.hidden_states(self.ids, positions, batch)
+            hidden = self.body.hidden_states_as_served(self.ids, positions, batch)
         return record.seen(hidden)
 
     def _run_as_probe(self, slots: torch.Tensor) -> Seen:

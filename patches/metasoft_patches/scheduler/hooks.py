@@ -119,7 +119,8 @@ class SchedulerHooks:
         """AROUND ``ScheduleBatch.prepare_for_extend``: a last guard, and cached tokens in logical length."""
         for req in batch.reqs:
             ids, start = req.full_untruncated_fill_ids, self.adapter.prefix_len(req)
-            if start < len(ids) and ids[start] >= FIRST_VIRTUAL_ID:
+            # An image's places have ids made from its hash, which may be as large; its request is never compact.
+            if start < len(ids) and ids[start] >= FIRST_VIRTUAL_ID and req.multimodal_inputs is None:
                 raise RuntimeError(f"metasoft: request {shown(req.rid)} would compute a virtual token at {start}")
         result = original(batch)
         for req in batch.reqs:

@@ -15,10 +15,11 @@ class PositionShift:
         self._on_device: torch.Tensor | None = None  # the same, once for each of a row's positions
 
     def apply(self, forward_batch, batch) -> None:
-        """Give the batch a new tensor of positions, if any of its requests has an offset.
+        """Give the batch new tensors of positions, if any of its requests has an offset.
 
         Args:
-            forward_batch: SGLang's; its ``positions`` are ``[n]``.
+            forward_batch: SGLang's; its ``positions`` are ``[n]``, and its ``mrope_positions``, which a model with
+                M-RoPE reads instead, ``[3, n]``: of a text thrice the same, and an image's request has no offset.
             batch: the ``ScheduleBatch`` that it was made from.
         """
         offsets = [req.metasoft.offset if hasattr(req, "metasoft") else 0 for req in batch.reqs or ()]
@@ -34,6 +35,8 @@ class PositionShift:
             by_row = offsets if len(rows) == len(offsets) else [offsets[row] for row in rows]
             shift = self._decoding(by_row, positions)
         forward_batch.positions = positions + shift
+        if forward_batch.mrope_positions is not None:
+            forward_batch.mrope_positions = forward_batch.mrope_positions + shift
 
     def _decoding(self, by_row: list[int], positions: torch.Tensor) -> torch.Tensor:
         shift = self._on_device

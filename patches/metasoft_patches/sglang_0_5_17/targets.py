@@ -115,7 +115,7 @@ USED = (
 )
 
 # Decode graphs read a position buffer of their own. It must be filled from the batch's positions at every replay, to
-# which the offset was added.
+# which the offset was added. With M-RoPE they read three rows, made in init_new and copied there by name as well.
 PINNED = (
     (
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner.load_batch",
@@ -127,5 +127,13 @@ PINNED = (
     (
         "sglang.srt.model_executor.cuda_graph_buffer_registry:CudaGraphBufferRegistry.fill_from",
         ("for slot in self._slots.values():", "src = getattr(forward_batch, slot.name, None)"),
+    ),
+    (
+        "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+        ("ret._compute_mrope_positions(model_runner, batch)", "return ret"),
+    ),
+    (
+        "sglang.srt.model_executor.cuda_graph_buffer_registry:build_decode_registry",
+        ("GraphSlot('mrope_positions', lambda _bs2, mt: (3, mt)", "slice_fn=lambda buf, n: buf[:, :n]"),
     ),
 )

@@ -104,6 +104,7 @@ USED = (
 
 # Decode graphs read a position buffer of their own. It must be filled from the batch's positions at every replay, to
 # which the offset was added; that is skipped only for the very tensor that it was filled from: never for a new one.
+# With M-RoPE they read three rows of positions, made in init_new and copied to the graph's buffer by name.
 PINNED = (
     (
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner._copy_replay_inputs",
@@ -111,5 +112,29 @@ PINNED = (
             "if prefilled is None or forward_batch.positions is not prefilled[1]:",
             "self.buffers.positions[:self.raw_num_token].copy_(forward_batch.positions)",
         ),
+    ),
+    (
+        "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+        ("ret._compute_mrope_positions(model_runner, batch)", "return ret"),
+    ),
+    (
+        "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner.load_batch",
+        ("if not forward_batch.needs_forward_metadata_init():", "self.buffer_registry.fill_from(forward_batch,"),
+    ),
+    (
+        "sglang.srt.model_executor.cuda_graph_buffer_registry:build_decode_registry",
+        ("GraphSlot('mrope_positions', lambda _bs2, mt: (3, mt)", "slice_fn=lambda buf, n: buf[:, :n]"),
+    ),
+    (
+        "sglang.srt.model_executor.cuda_graph_buffer_registry:CudaGraphBufferRegistry.fill_from",
+        ("src = getattr(forward_batch, slot.name, None)", "_grouped_foreach_copy_(gpu_dsts, gpu_srcs)"),
+    ),
+    (
+        "sglang.srt.model_executor.runner.prefill_cuda_graph_runner:PrefillCudaGraphRunner._get_layer_model_positions",
+        ("getattr(model, 'is_mrope_enabled', False)", "return forward_batch.mrope_positions"),
+    ),
+    (
+        "sglang.srt.model_executor.cpu_graph_runner:CPUGraphRunner.prepare_replay",
+        ("self.mrope_positions[:, :raw_num_token].copy_(forward_batch.mrope_positions)",),
     ),
 )

@@ -38,14 +38,6 @@ class Unlike(NamedTuple):
     why: str = ""  # it is refused
 
 
-def _has_windows(model: Any) -> bool:
-    return bool({"sliding_attention", "chunked_attention"} & set(_text(model, "layer_types") or ()))
-
-
-def _has_window_pattern(model: Any) -> bool:
-    return _text(model, "sliding_window") is not None and bool(_text(model, "sliding_window_pattern"))
-
-
 def _skips_layers(model: Any) -> bool:
     return any(block.attention.no_op for block in _text(model, "block_configs") or ())
 
@@ -54,8 +46,9 @@ def _text(model: Any, name: str) -> Any:
     return getattr(model.hf_text_config, name, None)
 
 
-WINDOWS = "layers with a sliding window cannot drop entries"
-SINKS = "layers with a sliding window cannot drop entries, and attention sinks of the model's own are not known"
+WINDOWS = "layers with a sliding window have a KV pool of their own"
+SINKS = "layers with a sliding window have a KV pool of their own, and attention sinks of the model's own are not known"
+OWN_SINKS = "attention sinks of the model's own are not known"
 LATENT = "with latent attention (MLA) there are no per-head keys and values"
 RECURRENT = "most layers are recurrent (linear attention or state space): they hold no entries to drop"
 SPARSE = "its sparse attention keeps an index of blocks of entries, which would have to move with them"
@@ -74,8 +67,6 @@ LOOPS = "a layer's attention runs several times with different windows"
 NO_BIAS = "keys carry no bias (`key_bias`) where a position does more to a query than to turn it: entries are dropped"
 TEXT = "text prompts; a prompt with an image or sound stays uncompressed"
 
-WITH_WINDOWS = Unlike("its configuration has window layers", _has_windows, WINDOWS)
-WITH_WINDOW_PATTERN = Unlike("its configuration has window layers", _has_window_pattern, WINDOWS)
 WITH_MAMBA = Unlike("it has Mamba layers", lambda model: "mamba" in (_text(model, "layer_types") or ()), RECURRENT)
 WITH_SPARSE = Unlike("it has sparse attention", lambda model: bool(_text(model, "sparse_config")), SPARSE)
 WITH_LATENT = Unlike("its text model has MLA", lambda model: bool(_text(model, "kv_lora_rank")), LATENT)
@@ -107,14 +98,20 @@ FAMILIES = (
     Family("Granite 3", "GraniteForCausalLM", SERVED, is_tried=True),
     Family("Granite MoE", "GraniteMoeForCausalLM GraniteMoeSharedForCausalLM", SERVED),
     Family("Granite 4 without Mamba layers", "GraniteMoeHybridForCausalLM", SERVED, "", WITH_MAMBA, is_tried=True),
-    Family("OLMo 2", "Olmo2ForCausalLM", SERVED, "", WITH_WINDOWS, is_tried=True),
+    Family("OLMo 2, OLMo 3", "Olmo2ForCausalLM", SERVED, is_tried=True),
     Family("Hunyuan v1 (A13B, 7B)", "HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM", DIFFERENT, NO_BIAS),
     Family("Hunyuan 3", "HYV3ForCausalLM", SERVED, is_tried=True),
     Family("Command-R", "CohereForCausalLM", SERVED, is_tried=True),
     Family("StarCoder2", "Starcoder2ForCausalLM", SERVED, is_tried=True),
     Family("Llama 4, text only", "Llama4ForCausalLM", REFUSED, UNEQUAL),
-    Family("EXAONE 4", "Exaone4ForCausalLM", SERVED, "", WITH_WINDOW_PATTERN),
-    Family("EXAONE MoE", "ExaoneMoEForCausalLM ExaoneMoeForCausalLM", SERVED, "", WITH_WINDOWS),
+    Family("Gemma 3 (text)", "Gemma3ForCausalLM", SERVED, is_tried=True),
+    Family("Gemma 3", "Gemma3ForConditionalGeneration", DIFFERENT, TEXT),
+    Family("EXAONE 4", "Exaone4ForCausalLM", SERVED, is_tried=True),
+    Family("EXAONE MoE", "ExaoneMoEForCausalLM ExaoneMoeForCausalLM", SERVED),
+    Family("Command-A, Command-R7B", "Cohere2ForCausalLM", SERVED, is_tried=True),
+    Family("Command-A with experts", "Cohere2MoeForCausalLM", SERVED),
+    Family("Command-A Vision", "Cohere2VisionForConditionalGeneration", DIFFERENT, TEXT),
+    Family("AFMoE, Spark 2.5", "AfmoeForCausalLM Spark2_5ForCausalLM", SERVED),
     Family("Mixtral, PhiMoE", "MixtralForCausalLM QuantMixtralForCausalLM PhiMoEForCausalLM", SERVED),
     Family("OLMo, OLMoE", "OlmoForCausalLM OlmoeForCausalLM", SERVED),
     Family("ERNIE 4.5 (text)", "Ernie4_5_ForCausalLM Ernie4_5_MoeForCausalLM", SERVED),
@@ -166,7 +163,6 @@ FAMILIES = (
         WITHOUT_3D,
     ),
     Family("Gemma 2", "Gemma2ForCausalLM", REFUSED, CAPPED),
-    Family("Gemma 3", "Gemma3ForCausalLM Gemma3ForConditionalGeneration", REFUSED, WINDOWS),
     Family("Gemma 3n", "Gemma3nForCausalLM Gemma3nForConditionalGeneration", REFUSED, SHARED),
     Family(
         "Gemma 4",
@@ -176,19 +172,13 @@ FAMILIES = (
     ),
     Family("gpt-oss", "GptOssForCausalLM", REFUSED, SINKS),
     Family("Granite with windows", "GraniteSWAForCausalLM GraniteMoeSWAForCausalLM", REFUSED, SINKS),
+    Family("IQuest Q1", "IQuestQ1ForCausalLM", REFUSED, OWN_SINKS),
     Family("MiMo-V2", "MiMoV2ForCausalLM MiMoV2FlashForCausalLM MiMoV2ASRForCausalLM", REFUSED, SINKS),
     Family("Step-3.5, Step-3.7", "Step3p5ForCausalLM Step3p7ForConditionalGeneration", REFUSED, WINDOWS),
     Family(
-        "Command-A, Command-R7B",
-        "Cohere2ForCausalLM Cohere2MoeForCausalLM Cohere2VisionForConditionalGeneration",
-        REFUSED,
-        WINDOWS,
-    ),
-    Family(
         "others with windows",
-        "AfmoeForCausalLM BeamForCausalLM IQuestQ1ForCausalLM LagunaForCausalLM MellumForCausalLM "
-        "MuseGlimmerForCausalLM MuseGlimmerForConditionalGeneration MuseSparkForConditionalGeneration "
-        "Spark2_5ForCausalLM UnlimitedOCRForCausalLM",
+        "BeamForCausalLM LagunaForCausalLM MellumForCausalLM MuseGlimmerForCausalLM "
+        "MuseGlimmerForConditionalGeneration MuseSparkForConditionalGeneration UnlimitedOCRForCausalLM",
         REFUSED,
         WINDOWS,
     ),

@@ -5,6 +5,8 @@ Those whose first forward compiles for a minute, or that few deploy, run in ``ma
 """
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,13 +21,20 @@ from tests.tiny_models import MODELS, VOCABULARY, make_model, make_twin
 
 pytestmark = pytest.mark.server
 
-SLOW = {"glm4_moe", "hunyuan_v3", "starcoder2", "gpt2", "llama"}
+SLOW = {"glm4_moe", "hunyuan_v3", "starcoder2", "gpt2", "llama", "olmo3", "exaone4", "windows_alone"}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name, tiny in MODELS.items() if tiny.is_run]
+ROOT = Path(__file__).parents[2]
 PROMPT_TOKENS, WINDOW, SINK, RATIO = 600, 64, 4, 4
 FLAGS = (
     "--enable-metasoft", "--metasoft-ratio", "1", "--metasoft-min-tokens", "128", "--dtype", "float32",
     "--skip-tokenizer-init", "--skip-server-warmup", "--max-total-tokens", "16384", "--sleep-on-idle",
 )  # fmt: skip
+
+
+def external_models() -> dict[str, str]:
+    """Environment in which SGLang finds the classes of ``tests/external_models``."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "SGLANG_EXTERNAL_MODEL_PACKAGE": "tests.external_models"}
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -49,7 +58,8 @@ def served(name, compressor_dir, tmp_path_factory):
     folder, trace_dir = tmp_path_factory.mktemp(name), tmp_path_factory.mktemp("trace")
     config = {"trace_dir": str(trace_dir), "consolidation": "attention_flow"}
     flags = (*FLAGS, "--metasoft-path", str(compressor_dir), "--metasoft-config", json.dumps(config))
-    with start(make_model(folder / "model", name), flags, log=folder / "server.log") as server:
+    env = external_models() if name == "exaone4" else {}
+    with start(make_model(folder / "model", name), flags, log=folder / "server.log", env=env) as server:
         yield SimpleNamespace(server=server, trace_dir=trace_dir)
 
 
@@ -61,7 +71,7 @@ def ids():
 
 def test_the_start_tests_the_model(served, name):
     text = served.server.log.read_text()
-    assert f"self-test of {MODELS[name].class_name} passed" in text
+    assert f"self-test of {MODELS[name].served_by or MODELS[name].class_name} passed" in text
     is_followed = name not in ("ministral3", "gpt2")
     assert ("in a way that no key_bias can follow" not in text) is is_followed
 

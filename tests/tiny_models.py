@@ -139,7 +139,7 @@ MODELS = {
         | dict(sliding_window_pattern="LLG", rope_parameters=dict(rope_type="default", rope_theta=1e6)),
         dict(architectures=["Exaone4OnAnyBackend"]),
         served_by="Exaone4OnAnyBackend",
-        seed=1,
+        seed=2,
     ),
     "cohere2": Tiny("Cohere2ForCausalLM", COMMON | WINDOWED | dict(logit_scale=0.5, tie_word_embeddings=True)),
     "gpt2": Tiny(

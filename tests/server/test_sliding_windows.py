@@ -166,7 +166,7 @@ def test_mixed_layers_on_pages_and_in_chunks_at_ratio_one(mixed, ids):
 
 
 def test_segments_of_mixed_layers_are_the_references(mixed, model_dir, compressor_dir, ids):
-    """A document with its boundary, the question after it, and another turn: three segments, each over the last ones."""
+    """A document with its boundary, the question after it, and another turn: each segment over those before it."""
     reference, prompt, boundary, ratio = Reference(model_dir, compressor_dir), ids[:992], 480, 4
     options = dict(return_logprob=True, top_logprobs_num=TOP, sampling_params={"ignore_eos": True})
     options["custom_params"] = {"metasoft_ratio": ratio, "metasoft_boundary": boundary}

@@ -28,6 +28,7 @@ class Family(NamedTuple):
     words: str = ""  # the differences, or why it is refused
     unless: "Unlike | None" = None  # which configurations are no such thing
     is_tried: bool = False  # a tiny model of it runs in the tests
+    window_more: int | None = None  # what SGLang adds to a window's tokens; None: classes ignore windows, or have none
 
 
 class Unlike(NamedTuple):
@@ -98,20 +99,32 @@ FAMILIES = (
     Family("Granite 3", "GraniteForCausalLM", SERVED, is_tried=True),
     Family("Granite MoE", "GraniteMoeForCausalLM GraniteMoeSharedForCausalLM", SERVED),
     Family("Granite 4 without Mamba layers", "GraniteMoeHybridForCausalLM", SERVED, "", WITH_MAMBA, is_tried=True),
-    Family("OLMo 2, OLMo 3", "Olmo2ForCausalLM", SERVED, is_tried=True),
+    Family("OLMo 2, OLMo 3", "Olmo2ForCausalLM", SERVED, is_tried=True, window_more=0),
     Family("Hunyuan v1 (A13B, 7B)", "HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM", DIFFERENT, NO_BIAS),
     Family("Hunyuan 3", "HYV3ForCausalLM", SERVED, is_tried=True),
     Family("Command-R", "CohereForCausalLM", SERVED, is_tried=True),
     Family("StarCoder2", "Starcoder2ForCausalLM", SERVED, is_tried=True),
     Family("Llama 4, text only", "Llama4ForCausalLM", REFUSED, UNEQUAL),
-    Family("Gemma 3 (text)", "Gemma3ForCausalLM", SERVED, is_tried=True),
-    Family("Gemma 3", "Gemma3ForConditionalGeneration", DIFFERENT, TEXT),
-    Family("EXAONE 4", "Exaone4ForCausalLM", SERVED, is_tried=True),
-    Family("EXAONE MoE", "ExaoneMoEForCausalLM ExaoneMoeForCausalLM", SERVED),
-    Family("Command-A, Command-R7B", "Cohere2ForCausalLM", SERVED, is_tried=True),
-    Family("Command-A with experts", "Cohere2MoeForCausalLM", SERVED),
-    Family("Command-A Vision", "Cohere2VisionForConditionalGeneration", DIFFERENT, TEXT),
-    Family("AFMoE, Spark 2.5", "AfmoeForCausalLM Spark2_5ForCausalLM", SERVED),
+    Family("Gemma 3 (text)", "Gemma3ForCausalLM", SERVED, is_tried=True, window_more=0),
+    Family("Gemma 3", "Gemma3ForConditionalGeneration", DIFFERENT, TEXT, window_more=0),
+    Family("EXAONE 4", "Exaone4ForCausalLM", SERVED, is_tried=True, window_more=0),
+    Family("EXAONE MoE", "ExaoneMoEForCausalLM ExaoneMoeForCausalLM", SERVED, window_more=1),
+    Family(
+        "Command-A, Command-R7B",
+        "Cohere2ForCausalLM",
+        SERVED,
+        is_tried=True,
+        window_more=1,
+    ),
+    Family("Command-A with experts", "Cohere2MoeForCausalLM", SERVED, window_more=1),
+    Family(
+        "Command-A Vision",
+        "Cohere2VisionForConditionalGeneration",
+        DIFFERENT,
+        TEXT,
+        window_more=1,
+    ),
+    Family("AFMoE, Spark 2.5", "AfmoeForCausalLM Spark2_5ForCausalLM", SERVED, window_more=0),
     Family("Mixtral, PhiMoE", "MixtralForCausalLM QuantMixtralForCausalLM PhiMoEForCausalLM", SERVED),
     Family("OLMo, OLMoE", "OlmoForCausalLM OlmoeForCausalLM", SERVED),
     Family("ERNIE 4.5 (text)", "Ernie4_5_ForCausalLM Ernie4_5_MoeForCausalLM", SERVED),
@@ -292,6 +305,21 @@ def why_refused(model: Any) -> str | None:
     return family.unless.why if family.unless is not None and is_unlike else None
 
 
+def longest_window(model: Any) -> int | None:
+    """Tokens of the sliding window that the model's layers are said to have; None: its class knows none.
+
+    Args:
+        model: SGLang's ``ModelConfig``.
+    """
+    family = BY_CLASS.get(class_of(model))
+    if family is None or family.window_more is None:
+        return None
+    has_layers = "sliding_attention" in (_text(model, "layer_types") or ()) or _text(model, "sliding_window_pattern")
+    if not has_layers or (tokens := _text(model, "sliding_window")) is None:
+        return None
+    return tokens + family.window_more
+
+
 def verdict_on(model: Any) -> str:
     """In words, for ``doctor``: what becomes of a model that is not refused."""
     name, family = class_of(model), BY_CLASS.get(class_of(model))
@@ -299,8 +327,13 @@ def verdict_on(model: Any) -> str:
         return f"{name} is not known here: the self-test at start decides"
     if family.verdict is Verdict.REFUSED and family.unless is not None:
         return f"{name} is served, since {family.unless.condition}: the self-test at start decides"
+    windows = longest_window(model)
     asked = "a tiny model of it runs in the tests" if family.is_tried else "the self-test at start decides"
-    return f"{name} is {family.verdict}{f' ({family.words})' if family.words else ''}: {asked}"
+    said = [family.words] if family.words else []
+    if windows is not None:
+        said.append(f"a span keeps {windows - 1:,} entries at the least, the model's sliding window")
+    words = f" ({'; '.join(said)})" if said else ""
+    return f"{name} is {family.verdict}{words}: {asked}"
 
 
 def families_table() -> str:
@@ -313,6 +346,8 @@ def families_table() -> str:
         if family.unless is not None:
             other = "served" if family.verdict is Verdict.REFUSED else "refused"
             words.append(f"{other} if {family.unless.condition}")
+        if family.window_more is not None:
+            words.append("[sliding windows](#sliding-windows)")
         verdict = f"{family.verdict}; tried" if family.is_tried else str(family.verdict)
         rows.append(f"| {family.name} | {shown} | {verdict} | {'; '.join(words)} |")
     return "\n".join(rows)

@@ -96,6 +96,26 @@ def test_a_configuration_is_served_or_refused_by_its_class(tmp_path, name, sizes
     assert said == ([] if words is None else [f"model class {architecture}: {words}"])
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "window"),
+    [
+        ("Gemma3Text", dict(head_dim=12, sliding_window=512), 512),
+        ("Cohere2", dict(sliding_window=256), 257),  # as SGLang counts
+        ("Exaone4", dict(sliding_window=128, sliding_window_pattern=4), 128),
+        ("Exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 4), None),
+        ("Mistral", dict(sliding_window=256), None),  # whose class in SGLang ignores it
+        ("Olmo2", {}, None),
+    ],
+    ids=str,
+)
+def test_windows_are_known_before_the_weights(tmp_path, name, sizes, window):
+    architecture = f"{name.removesuffix('Text')}ForCausalLM"
+    model = model_of(tmp_path, getattr(transformers, f"{name}Config")(**SIZES | sizes), architecture)
+    assert families.longest_window(model) == window
+    said = f"a span keeps {(window or 1) - 1:,} entries at the least"
+    assert (said in families.verdict_on(model)) is (window is not None)
+
+
 def test_a_vision_model_run_with_one_position_a_token_is_not_refused():
     model = SimpleNamespace(
         hf_config=SimpleNamespace(architectures=["Qwen3VLForConditionalGeneration"]),

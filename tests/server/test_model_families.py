@@ -21,7 +21,7 @@ from tests.tiny_models import MODELS, VOCABULARY, make_model, make_twin
 
 pytestmark = pytest.mark.server
 
-SLOW = {"glm4_moe", "hunyuan_v3", "starcoder2", "gpt2", "llama", "olmo3", "exaone4", "windows_alone"}
+SLOW = {"glm4_moe", "hunyuan_v3", "starcoder2", "gpt2", "llama", "gemma3", "olmo3", "exaone4", "windows_alone"}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name, tiny in MODELS.items() if tiny.is_run]
 ROOT = Path(__file__).parents[2]
 PROMPT_TOKENS, WINDOW, SINK, RATIO = 600, 64, 4, 4
@@ -74,6 +74,7 @@ def test_the_start_tests_the_model(served, name):
     assert f"self-test of {MODELS[name].served_by or MODELS[name].class_name} passed" in text
     is_followed = name not in ("ministral3", "gpt2")
     assert ("in a way that no key_bias can follow" not in text) is is_followed
+    assert ("layers [2] not turned" in text) is (name in ("exaone4", "cohere2"))
 
 
 def test_at_ratio_one_it_says_what_the_plain_model_says(served, name, reference, ids):

@@ -9,11 +9,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import requests
 import torch
 from safetensors.torch import load_file
 
 from tests.reference.meta_soft_reference import Reference
-from tests.server.checks import SALT, metasoft
+from tests.server.checks import SALT, STRICT_CHECKS, metasoft
 from tests.server.forked import start
 from tests.server.test_model_families import FLAGS, SINK, assert_logprobs_equal, external_models
 from tests.server.test_reference import TARGETS, TOP, assert_entries_equal
@@ -37,7 +38,10 @@ def ids():
 def windows_alone(tmp_path_factory):
     """Served as a model without a compressor is: biased keys included."""
     folder = tmp_path_factory.mktemp("windows_alone")
-    with start(make_model(folder / "model", "windows_alone"), FLAGS, log=folder / "server.log") as server:
+    flags = (*FLAGS, "--enable-metrics", "--metasoft-fidelity-sample", "1")
+    with start(
+        make_model(folder / "model", "windows_alone"), flags, log=folder / "server.log", env=STRICT_CHECKS
+    ) as server:
         yield server
 
 
@@ -49,7 +53,9 @@ def chunked(windows_alone, tmp_path_factory):
         *FLAGS, "--page-size", "16", "--metasoft-during-prefill", "--chunked-prefill-size", str(CHUNK_TOKENS),
         "--max-total-tokens", str(POOL_TOKENS),
     )  # fmt: skip
-    with start(make_model(folder / "model", "windows_alone"), flags, log=folder / "server.log") as server:
+    with start(
+        make_model(folder / "model", "windows_alone"), flags, log=folder / "server.log", env=STRICT_CHECKS
+    ) as server:
         yield server
 
 
@@ -102,6 +108,17 @@ def test_a_shared_document_keeps_a_window_for_what_follows_it(windows_alone, ids
         report = metasoft(response)
         assert report["kv_tokens"] == KEPT + len(question)
         assert report["reused_tokens"] == (500 if number else 0)
+
+
+def test_what_windows_alone_say_next_is_measured_to_be_the_same(windows_alone, ids):
+    """By the server itself, over both forms of a prompt."""
+    params = {"metasoft_ratio": 100}
+    windows_alone.generate(ids[1700:2400], 2, custom_params=params, **{SALT: "measured"})
+    windows_alone.generate(ids[1700:1710], 1, **{SALT: "measured"})  # by whose step the first is read
+    text = requests.get(f"{windows_alone.url}/metrics", timeout=10).text
+    found = {line.split("{")[0]: float(line.split()[-1]) for line in text.splitlines() if "fidelity_kl_" in line}
+    name = "sglang:metasoft_fidelity_kl"
+    assert found[f"{name}_count"] > 0 and found[f"{name}_sum"] < 1e-4 * found[f"{name}_count"]
 
 
 @pytest.mark.parametrize(("tokens", "reason"), [(RAW_TOKENS + 2 * KEPT - 1, "sliding_window"), (150, "too_short")])

@@ -40,7 +40,7 @@ class Tiny(NamedTuple):
     more: dict = {}  # None: its files have no such field
     has_twin: bool = True  # transformers computes the same; MiniMax-M2 there always has the norm that needs a GPU here
     served_by: str | None = None  # SGLang's class; None: it has the same name
-    seed: int = 0
+    entry_tolerance: float = 2e-3  # without a norm before attention values are large
     is_run: bool = True  # by servers in the tests; else SGLang's class needs a GPU, or fails by itself
 
 
@@ -139,7 +139,7 @@ MODELS = {
         | dict(sliding_window_pattern="LLG", rope_parameters=dict(rope_type="default", rope_theta=1e6)),
         dict(architectures=["Exaone4OnAnyBackend"]),
         served_by="Exaone4OnAnyBackend",
-        seed=2,
+        entry_tolerance=5e-3,
     ),
     "cohere2": Tiny("Cohere2ForCausalLM", COMMON | WINDOWED | dict(logit_scale=0.5, tie_word_embeddings=True)),
     "gpt2": Tiny(
@@ -153,7 +153,7 @@ MODELS = {
 def make_model(folder: Path, name: str) -> Path:
     """Write a model's configuration and weights; returns the folder."""
     tiny = MODELS[name]
-    model = _draw(tiny.class_name, tiny.settings, tiny.seed)
+    model = _draw(tiny.class_name, tiny.settings)
     model.save_pretrained(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text()) | {"architectures": [tiny.class_name]} | tiny.more
@@ -164,7 +164,7 @@ def make_model(folder: Path, name: str) -> Path:
 def make_twin(folder: Path, name: str) -> Path:
     """The same weights as transformers computes what SGLang does: text alone, and without the window it ignores."""
     tiny = MODELS[name]
-    model = _draw(tiny.class_name, tiny.settings | TWINS.get(name, {}), tiny.seed)
+    model = _draw(tiny.class_name, tiny.settings | TWINS.get(name, {}))
     if name == "mistral_small":
         twin = transformers.MistralForCausalLM(model.config.text_config).float()
         twin.model.load_state_dict(model.model.language_model.state_dict())
@@ -174,9 +174,9 @@ def make_twin(folder: Path, name: str) -> Path:
     return folder
 
 
-def _draw(class_name: str, settings: dict, seed: int) -> torch.nn.Module:
+def _draw(class_name: str, settings: dict) -> torch.nn.Module:
     model_class = getattr(transformers, class_name)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = model_class(model_class.config_class(**settings)).float()
     draw_weights(model)
     return model

@@ -96,7 +96,8 @@ class MetaSoftConfig:
         flag="--metasoft-budget",
         allowed="an integer >= 1 and < 2**63",
         check=_or_none(is_int_from(1, NUMBER_LIMIT)),
-        help="Kept KV entries per prompt, what stays raw included, but at least 16 of each span; overrides the ratio.",
+        help="Kept KV entries per prompt, what stays raw included, but at least 16 of each span, and a model's "
+        "sliding window; overrides the ratio.",
     )
     min_tokens: int = setting(
         512,

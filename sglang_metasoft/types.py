@@ -26,6 +26,7 @@ class Bypass(enum.StrEnum):
 
     TOO_SHORT = "too_short", "has fewer tokens to compress than min_tokens"
     NOTHING_TO_DROP = "nothing_to_drop", "may keep as many entries as it has"
+    SLIDING_WINDOW = "sliding_window", "is not yet twice the model's sliding window, of which every entry stays"
     OPTED_OUT = "opted_out", "asked for metasoft_ratio or metasoft_budget 1"
     PROMPT_LOGPROBS = "prompt_logprobs", "asks for log-probabilities of prompt tokens that would be compressed"
     MULTIMODAL = "multimodal", "carries images, audio or video"
@@ -123,6 +124,7 @@ class LayerPool(NamedTuple):
     scale: float  # factor on q.k
     key_scale: float  # what quantized entries are multiplied by on reading
     value_scale: float
+    window_tokens: int | None = None  # a token of this layer sees itself and so many less one before it; None: all
 
 
 class Rope(NamedTuple):
@@ -164,9 +166,7 @@ class AttentionLayer(NamedTuple):
 
     @property
     def peculiarity(self) -> str | None:
-        """In words, what is not plain causal attention of equal heads; None: nothing."""
-        if self.kind is LayerKind.WINDOW:
-            return f"sees a window of {self.window_tokens} tokens"
+        """In words, what is not plain causal attention of equal heads, in a window or not; None: nothing."""
         if self.kind is LayerKind.OTHER:
             return "is not causal self-attention"
         if self.soft_cap:
@@ -176,6 +176,11 @@ class AttentionLayer(NamedTuple):
         if self.value_dim != self.head_dim:
             return f"has keys of size {self.head_dim} and values of size {self.value_dim}"
         return None
+
+
+def longest_window(layers: list[AttentionLayer]) -> int | None:
+    """Tokens of the longest window; None: every layer sees all tokens."""
+    return max((layer.window_tokens for layer in layers if layer.window_tokens is not None), default=None)
 
 
 class ServedModel(Protocol):

@@ -35,17 +35,23 @@ YARN = dict(
 
 
 class Tiny(NamedTuple):
-    """A model: its class in SGLang, its configuration, and what transformers' own does not know."""
+    """A model: its class, its configuration, and what transformers' own does not know."""
 
     class_name: str
     settings: dict
-    more: dict = {}
+    more: dict = {}  # None: its files have no such field
     has_twin: bool = True  # transformers computes the same; MiniMax-M2 there always has the norm that needs a GPU here
+    served_by: str | None = None  # SGLang's class; None: it has the same name
+    entry_tolerance: float = 2e-3  # without a norm before attention values are large
     is_run: bool = True  # by servers in the tests; else SGLang's class needs a GPU, or fails by itself
     processor: str = ""  # of images, where it sees: its family in transformers
 
 
-UNWINDOWED = {name: dict(sliding_window=None) for name in ("mistral", "starcoder2")}
+# What of the settings transformers is to see otherwise: SGLang's Mistral and StarCoder 2 ignore a window, and its
+# Command-A counts one token more in it.
+TWINS = {
+    "mistral": dict(sliding_window=None), "starcoder2": dict(sliding_window=None), "cohere2": dict(sliding_window=81),
+}  # fmt: skip
 # The text part alone, as transformers has it, where a model has more: with one position a token.
 TEXT_TWINS = {
     "mistral_small": "MistralForCausalLM",
@@ -59,6 +65,20 @@ TOWER = dict(depth=2, hidden_size=32, out_hidden_size=HIDDEN, num_heads=2, inter
     patch_size=tiny_vision.PATCH
 )
 SEEING = tiny_vision.special_ids(VOCABULARY) | dict(tie_word_embeddings=False)
+WINDOW_TOKENS = 80
+WINDOWED = dict(sliding_window=WINDOW_TOKENS, layer_types=["sliding_attention", "sliding_attention", "full_attention"])
+WINDOWS_ALONE = dict(sliding_window=WINDOW_TOKENS, layer_types=["sliding_attention"] * LAYERS)
+ROPES = dict(
+    sliding_attention=dict(rope_type="default", rope_theta=10000.0),
+    full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1000000.0),
+)
+OLMO3_ROPE = dict(rope_type="default", rope_theta=500000.0)
+OLMO3_YARN = dict(
+    rope_type="yarn", factor=4.0, original_max_position_embeddings=1024, attention_factor=1.138629436, beta_fast=32.0,
+    beta_slow=1.0,
+)  # fmt: skip
+OLMO3_ROPES = dict(rope_parameters=dict(sliding_attention=OLMO3_ROPE, full_attention=OLMO3_ROPE | OLMO3_YARN))
+GEMMA3 = SIZED | dict(query_pre_attn_scalar=HEAD_SIZE, tie_word_embeddings=True, rope_parameters=ROPES)
 GRANITE = dict(embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0)
 MODELS = {
     "llama": Tiny("LlamaForCausalLM", SIZED),
@@ -120,6 +140,24 @@ MODELS = {
     "ministral3": Tiny(
         "Ministral3ForCausalLM", SIZED | dict(rope_parameters=YARN), dict(original_max_position_embeddings=1024)
     ),
+    "gemma3": Tiny("Gemma3ForCausalLM", GEMMA3 | WINDOWED),
+    "windows_alone": Tiny("Gemma3ForCausalLM", GEMMA3 | WINDOWS_ALONE),
+    "olmo3": Tiny(
+        "Olmo3ForCausalLM",
+        COMMON | WINDOWED | OLMO3_ROPES,
+        dict(rope_parameters=None, rope_theta=500000.0, rope_scaling=OLMO3_YARN),  # as its files have it
+        served_by="Olmo2ForCausalLM",
+    ),
+    "exaone4": Tiny(
+        "Exaone4ForCausalLM",
+        COMMON
+        | WINDOWED
+        | dict(sliding_window_pattern="LLG", rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+        dict(architectures=["Exaone4OnAnyBackend"]),
+        served_by="Exaone4OnAnyBackend",
+        entry_tolerance=5e-3,
+    ),
+    "cohere2": Tiny("Cohere2ForCausalLM", COMMON | WINDOWED | dict(logit_scale=0.5, tie_word_embeddings=True)),
     "gpt2": Tiny(
         "GPT2LMHeadModel",
         dict(vocab_size=VOCABULARY, n_positions=2048, n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS)
@@ -165,21 +203,22 @@ MODELS = {
 }
 
 
-def make_model(folder: Path, name: str, seed: int = 0) -> Path:
+def make_model(folder: Path, name: str) -> Path:
     """Write a model's configuration and weights; returns the folder."""
     tiny = MODELS[name]
-    model = draw(name, seed)
+    model = draw(name)
     model.save_pretrained(folder)
     file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [tiny.class_name]} | tiny.more))
+    config = json.loads(file.read_text()) | {"architectures": [tiny.class_name]} | tiny.more
+    file.write_text(json.dumps({name: value for name, value in config.items() if tiny.more.get(name, "") is not None}))
     if tiny.processor:
         tiny_vision.save_processor(folder, tiny.processor, VOCABULARY)
     return folder
 
 
-def make_twin(folder: Path, name: str, seed: int = 0) -> Path:
+def make_twin(folder: Path, name: str) -> Path:
     """The same weights as transformers computes what SGLang does: text alone, and without the window it ignores."""
-    model = draw(name, seed, **UNWINDOWED.get(name, {}))
+    model = draw(name, **TWINS.get(name, {}))
     if name in TEXT_TWINS:
         twin_class = getattr(transformers, TEXT_TWINS[name])
         settings = {"head_dim": HEAD_SIZE} | model.config.text_config.to_dict()
@@ -192,10 +231,10 @@ def make_twin(folder: Path, name: str, seed: int = 0) -> Path:
     return folder
 
 
-def draw(name: str, seed: int = 0, **settings) -> torch.nn.Module:
+def draw(name: str, **settings) -> torch.nn.Module:
     """The model as transformers has it; ``settings`` change its configuration."""
     model_class = getattr(transformers, MODELS[name].class_name)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = model_class(model_class.config_class(**MODELS[name].settings | settings)).float()
     draw_weights(model)
     return model
@@ -204,9 +243,10 @@ def draw(name: str, seed: int = 0, **settings) -> torch.nn.Module:
 @torch.no_grad()
 def draw_weights(model: torch.nn.Module) -> None:
     """Random ones that leave no two layers, heads or tokens alike; norms too are not ones."""
+    unit = 0.0 if "gemma" in model.config.model_type else 1.0  # Gemma's norms add one
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
-            spread, center = (0.3, 1.0) if "norm" in name and "bias" not in name else (0.1, 0.0)
+            spread, center = (0.3, unit) if "norm" in name and "bias" not in name else (0.1, 0.0)
             weight.copy_(center + spread * torch.randn_like(weight))
         else:
             width = HIDDEN**0.5 if "embed" in name or "wte" in name else weight.shape[-1] ** 0.5

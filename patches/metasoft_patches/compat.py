@@ -202,7 +202,7 @@ REFUSED = (
         "models with a KV pool for sliding windows",
         MODEL,
         lambda args, model: model.is_hybrid_swa,
-        "window layers cannot drop entries",
+        "entries of window layers have other slots, which would have to be given out and freed beside the rest",
     ),
     Refusal(
         "encoder-decoder models",

@@ -32,6 +32,7 @@ class Family(NamedTuple):
     words: str = ""  # the differences, or why it is refused
     unless: "Unlike | None" = None  # which configurations are no such thing
     is_tried: bool = False  # a tiny model of it runs in the tests
+    window_more: int | None = None  # what SGLang adds to a window's tokens; None: classes ignore windows, or have none
 
 
 class Unlike(NamedTuple):
@@ -42,14 +43,6 @@ class Unlike(NamedTuple):
     why: str = ""  # it is refused
 
 
-def _has_windows(model: Any) -> bool:
-    return bool({"sliding_attention", "chunked_attention"} & set(_text(model, "layer_types") or ()))
-
-
-def _has_window_pattern(model: Any) -> bool:
-    return _text(model, "sliding_window") is not None and bool(_text(model, "sliding_window_pattern"))
-
-
 def _skips_layers(model: Any) -> bool:
     return any(block.attention.no_op for block in _text(model, "block_configs") or ())
 
@@ -58,8 +51,9 @@ def _text(model: Any, name: str) -> Any:
     return getattr(model.hf_text_config, name, None)
 
 
-WINDOWS = "layers with a sliding window cannot drop entries"
-SINKS = "layers with a sliding window cannot drop entries, and attention sinks of the model's own are not known"
+WINDOWS = "layers with a sliding window have a KV pool of their own"
+SINKS = "layers with a sliding window have a KV pool of their own, and attention sinks of the model's own are not known"
+OWN_SINKS = "attention sinks of the model's own are not known"
 LATENT = "with latent attention (MLA) there are no per-head keys and values"
 RECURRENT = "most layers are recurrent (linear attention or state space): they hold no entries to drop"
 SPARSE = "its sparse attention keeps an index of blocks of entries, which would have to move with them"
@@ -79,8 +73,6 @@ NO_BIAS = "keys carry no bias (`key_bias`) where a position does more to a query
 TEXT = "text prompts; a prompt with an image or sound stays uncompressed"
 TEXT_3D = f"{TEXT}, and so do a chat's turns from there on"
 
-WITH_WINDOWS = Unlike("its configuration has window layers", _has_windows, WINDOWS)
-WITH_WINDOW_PATTERN = Unlike("its configuration has window layers", _has_window_pattern, WINDOWS)
 WITH_MAMBA = Unlike("it has Mamba layers", lambda model: "mamba" in (_text(model, "layer_types") or ()), RECURRENT)
 WITH_SPARSE = Unlike("it has sparse attention", lambda model: bool(_text(model, "sparse_config")), SPARSE)
 WITH_LATENT = Unlike("its text model has MLA", lambda model: bool(_text(model, "kv_lora_rank")), LATENT)
@@ -109,14 +101,32 @@ FAMILIES = (
     Family("Granite 3", "GraniteForCausalLM", SERVED, is_tried=True),
     Family("Granite MoE", "GraniteMoeForCausalLM GraniteMoeSharedForCausalLM", SERVED),
     Family("Granite 4 without Mamba layers", "GraniteMoeHybridForCausalLM", SERVED, "", WITH_MAMBA, is_tried=True),
-    Family("OLMo 2", "Olmo2ForCausalLM", SERVED, "", WITH_WINDOWS, is_tried=True),
+    Family("OLMo 2, OLMo 3", "Olmo2ForCausalLM", SERVED, is_tried=True, window_more=0),
     Family("Hunyuan v1 (A13B, 7B)", "HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM", DIFFERENT, NO_BIAS),
     Family("Hunyuan 3", "HYV3ForCausalLM", SERVED, is_tried=True),
     Family("Command-R", "CohereForCausalLM", SERVED, is_tried=True),
     Family("StarCoder2", "Starcoder2ForCausalLM", SERVED, is_tried=True),
     Family("Llama 4, text only", "Llama4ForCausalLM", REFUSED, UNEQUAL),
-    Family("EXAONE 4", "Exaone4ForCausalLM", SERVED, "", WITH_WINDOW_PATTERN),
-    Family("EXAONE MoE", "ExaoneMoEForCausalLM ExaoneMoeForCausalLM", SERVED, "", WITH_WINDOWS),
+    Family("Gemma 3 (text)", "Gemma3ForCausalLM", SERVED, is_tried=True, window_more=0),
+    Family("Gemma 3", "Gemma3ForConditionalGeneration", DIFFERENT, TEXT, window_more=0),
+    Family("EXAONE 4", "Exaone4ForCausalLM", SERVED, is_tried=True, window_more=0),
+    Family("EXAONE MoE", "ExaoneMoEForCausalLM ExaoneMoeForCausalLM", SERVED, window_more=1),
+    Family(
+        "Command-A, Command-R7B",
+        "Cohere2ForCausalLM",
+        SERVED,
+        is_tried=True,
+        window_more=1,
+    ),
+    Family("Command-A with experts", "Cohere2MoeForCausalLM", SERVED, window_more=1),
+    Family(
+        "Command-A Vision",
+        "Cohere2VisionForConditionalGeneration",
+        DIFFERENT,
+        TEXT,
+        window_more=1,
+    ),
+    Family("AFMoE, Spark 2.5", "AfmoeForCausalLM Spark2_5ForCausalLM", SERVED, window_more=0),
     Family("Mixtral, PhiMoE", "MixtralForCausalLM QuantMixtralForCausalLM PhiMoEForCausalLM", SERVED),
     Family("OLMo, OLMoE", "OlmoForCausalLM OlmoeForCausalLM", SERVED),
     Family("ERNIE 4.5 (text)", "Ernie4_5_ForCausalLM Ernie4_5_MoeForCausalLM", SERVED),
@@ -170,7 +180,6 @@ FAMILIES = (
     ),
     Family("GLM-Image", "GlmImageForConditionalGeneration", REFUSED, OWN_POSITIONS),
     Family("Gemma 2", "Gemma2ForCausalLM", REFUSED, CAPPED),
-    Family("Gemma 3", "Gemma3ForCausalLM Gemma3ForConditionalGeneration", REFUSED, WINDOWS),
     Family("Gemma 3n", "Gemma3nForCausalLM Gemma3nForConditionalGeneration", REFUSED, SHARED),
     Family(
         "Gemma 4",
@@ -180,19 +189,13 @@ FAMILIES = (
     ),
     Family("gpt-oss", "GptOssForCausalLM", REFUSED, SINKS),
     Family("Granite with windows", "GraniteSWAForCausalLM GraniteMoeSWAForCausalLM", REFUSED, SINKS),
+    Family("IQuest Q1", "IQuestQ1ForCausalLM", REFUSED, OWN_SINKS),
     Family("MiMo-V2", "MiMoV2ForCausalLM MiMoV2FlashForCausalLM MiMoV2ASRForCausalLM", REFUSED, SINKS),
     Family("Step-3.5, Step-3.7", "Step3p5ForCausalLM Step3p7ForConditionalGeneration", REFUSED, WINDOWS),
     Family(
-        "Command-A, Command-R7B",
-        "Cohere2ForCausalLM Cohere2MoeForCausalLM Cohere2VisionForConditionalGeneration",
-        REFUSED,
-        WINDOWS,
-    ),
-    Family(
         "others with windows",
-        "AfmoeForCausalLM BeamForCausalLM IQuestQ1ForCausalLM LagunaForCausalLM MellumForCausalLM "
-        "MuseGlimmerForCausalLM MuseGlimmerForConditionalGeneration MuseSparkForConditionalGeneration "
-        "Spark2_5ForCausalLM UnlimitedOCRForCausalLM",
+        "BeamForCausalLM LagunaForCausalLM MellumForCausalLM MuseGlimmerForCausalLM "
+        "MuseGlimmerForConditionalGeneration MuseSparkForConditionalGeneration UnlimitedOCRForCausalLM",
         REFUSED,
         WINDOWS,
     ),
@@ -331,6 +334,21 @@ def why_refused(model: Any) -> str | None:
     return family.unless.why if family.unless is not None and is_unlike else None
 
 
+def longest_window(model: Any) -> int | None:
+    """Tokens of the sliding window that the model's layers are said to have; None: its class knows none.
+
+    Args:
+        model: SGLang's ``ModelConfig``.
+    """
+    family = BY_CLASS.get(class_of(model))
+    if family is None or family.window_more is None:
+        return None
+    has_layers = "sliding_attention" in (_text(model, "layer_types") or ()) or _text(model, "sliding_window_pattern")
+    if not has_layers or (tokens := _text(model, "sliding_window")) is None:
+        return None
+    return tokens + family.window_more
+
+
 def verdict_on(model: Any) -> str:
     """In words, for ``doctor``: what becomes of a model that is not refused."""
     name, family = class_of(model), BY_CLASS.get(class_of(model))
@@ -338,8 +356,13 @@ def verdict_on(model: Any) -> str:
         return f"{name} is not known here: the self-test at start decides"
     if family.verdict is Verdict.REFUSED and family.unless is not None:
         return f"{name} is served, since {family.unless.condition}: the self-test at start decides"
+    windows = longest_window(model)
     asked = "a tiny model of it runs in the tests" if family.is_tried else "the self-test at start decides"
-    return f"{name} is {family.verdict}{f' ({family.words})' if family.words else ''}: {asked}"
+    said = [family.words] if family.words else []
+    if windows is not None:
+        said.append(f"a span keeps {windows - 1:,} entries at the least, the model's sliding window")
+    words = f" ({'; '.join(said)})" if said else ""
+    return f"{name} is {family.verdict}{words}: {asked}"
 
 
 def families_table() -> str:
@@ -352,6 +375,8 @@ def families_table() -> str:
         if family.unless is not None:
             other = "served" if family.verdict is Verdict.REFUSED else "refused"
             words.append(f"{other} if {family.unless.condition}")
+        if family.window_more is not None:
+            words.append("[sliding windows](#sliding-windows)")
         verdict = f"{family.verdict}; tried" if family.is_tried else str(family.verdict)
         rows.append(f"| {family.name} | {shown} | {verdict} | {'; '.join(words)} |")
     return "\n".join(rows)

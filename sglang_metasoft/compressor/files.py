@@ -129,7 +129,9 @@ def check_rows(shape: ModelShape, embed: Embed, device: torch.device) -> torch.T
 
 def smallest_cosine(rows: torch.Tensor, others: torch.Tensor) -> float:
     """Of all pairs of rows, ``[CHECK_ROWS, D]`` each; at least ``CHECK_COSINE`` if they are of the same model."""
-    return nn.functional.cosine_similarity(rows, others.float(), dim=-1).min().item()
+    cosines = nn.functional.cosine_similarity(rows, others.float(), dim=-1)
+    are_zero = ~(rows.any(-1) | others.any(-1))  # of padding
+    return cosines.masked_fill(are_zero, 1.0).min().item()
 
 
 def check_embedding(

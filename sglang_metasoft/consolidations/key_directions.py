@@ -10,7 +10,7 @@ import torch
 
 from sglang_metasoft.consolidations.calibration import CALIBRATION_TOKENS, calibration_ids
 from sglang_metasoft.rope import rotate, rotate_all, without_factor
-from sglang_metasoft.types import AttentionLayer, ModelShape, Rope, ServedModel, Turning
+from sglang_metasoft.types import AttentionLayer, LayerKind, ModelShape, Rope, ServedModel, Turning
 
 FIRST_TOKENS = 16  # queries next to the sinks are unlike all later ones
 AHEAD_TOKENS = (0, 16, 64, 256, 1024, 2048, 4096)  # how far after the compressed prompt a query may come
@@ -40,7 +40,8 @@ def fit_key_directions(model: ServedModel, shape: ModelShape, device: torch.devi
 
     Only angles between positions count in attention, so what is fitted to a short text serves any length of prompt.
     Queries that no position turns need no turning. Where a position does something else to them, what holds for the
-    text need not hold for a prompt: such a layer has no direction, and its keys carry no bias.
+    text need not hold for a prompt: such a layer has no direction, and its keys carry no bias. Nor have layers of a
+    window, which keep what they see.
 
     Args:
         model: without a tokenizer, tokens drawn at random stand for the text: they serve, less well.
@@ -48,8 +49,9 @@ def fit_key_directions(model: ServedModel, shape: ModelShape, device: torch.devi
     Raises:
         ValueError: no layer can have a direction.
     """
-    layers = model.layers()
-    if all(layer.turning is Turning.OTHER for layer in layers):
+    layers = [layer if layer.kind is LayerKind.FULL else layer._replace(rope=None) for layer in model.layers()]
+    full = [layer for layer in layers if layer.kind is LayerKind.FULL]
+    if full and all(layer.turning is Turning.OTHER for layer in full):
         raise ValueError(
             "consolidation key_bias: in every layer of this model a position does more to a query than to turn it, so "
             "that no key can carry a bias; allowed: another consolidation"
@@ -67,11 +69,11 @@ def fit_key_directions(model: ServedModel, shape: ModelShape, device: torch.devi
 
 
 def _fit(queries: torch.Tensor, layer: AttentionLayer, rope: Rope | None) -> torch.Tensor:
-    """``[G, d]`` of one layer; 0 for a head without queries, and where positions do more than turn them."""
+    """``[G, d]`` of one layer; 0 without queries, in a window, and where positions do more than turn them."""
     groups, size = layer.num_kv_heads, layer.head_dim
     moment = torch.zeros(groups, size, size, device=queries.device)
     total = moment[..., 0].clone()
-    if layer.turning is Turning.OTHER:
+    if layer.turning is Turning.OTHER or layer.kind is LayerKind.WINDOW:
         return total
     center = (queries if rope is None else rotate(queries, rope, 0, backwards=True))[FIRST_TOKENS:]
     for tokens in AHEAD_TOKENS if rope is not None else AHEAD_TOKENS[:1]:

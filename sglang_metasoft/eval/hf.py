@@ -194,7 +194,7 @@ class HFRunner:
                 boundary = prompt.boundary_tokens if mode == "after" else None
                 plan = plan_span(
                     compressor.config, prompt_tokens=len(prompt.ids), page_size=1, boundary_tokens=boundary,
-                    options={"ratio": ratio},
+                    options={"ratio": ratio}, sliding_window_tokens=self.model.sliding_window_tokens,
                 )  # fmt: skip
                 if not isinstance(plan, Plan) or plan.ends_at_boundary != (mode == "after"):
                     reason = plan.value if not isinstance(plan, Plan) else "boundary"

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sglang_metasoft.hf.model import HFModel, LayerKV
+from sglang_metasoft.hf.model import HFModel, LayerKV, visible_in_window
 
 
 class Batch:
@@ -43,8 +43,14 @@ class Batch:
         place = torch.arange(self.used, device=ids.device)
         causal = place <= start + torch.arange(count, device=ids.device)[:, None]
         mask = self.visible[:, None, : self.used] & causal
+        windows: dict[int | None, torch.Tensor] = {
+            window: mask & visible_in_window(count, self.used, window, ids.device)
+            for window in set(self.model.windows)
+            if window is not None
+        }
 
         def attend(layer, q, k, v, scale):
+            seen = windows.get(self.model.windows[layer], mask)
             keys, values = self.keys[layer], self.values[layer]
             keys[:, :, start : self.used], values[:, :, start : self.used] = k, v
             groups = k.shape[1]
@@ -52,7 +58,7 @@ class Batch:
             q = q.reshape(rows, groups, per_group * count, -1)
             out = scaled_dot_product_attention(
                 q, keys[:, :, : self.used], values[:, :, : self.used],
-                attn_mask=mask[:, None].expand(-1, 1, -1, -1).repeat(1, 1, per_group, 1), scale=scale,
+                attn_mask=seen[:, None].expand(-1, 1, -1, -1).repeat(1, 1, per_group, 1), scale=scale,
             )  # fmt: skip
             return out.reshape(rows, groups * per_group, count, -1)
 

@@ -39,7 +39,7 @@ def compress(
     results: list[list[tuple[Routes, MergedKV]]] = [[] for _ in plans]
 
     def attend(layer, q, k, v, scale):
-        pool = LayerPool(entries[layer].key, entries[layer].value, scale, 1.0, 1.0)
+        pool = LayerPool(entries[layer].key, entries[layer].value, scale, 1.0, 1.0, model.windows[layer])
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v))
         gate = method.gate_scale(layer, 0, model.shape.num_kv_heads)
         for job, result in zip(jobs, results, strict=True):

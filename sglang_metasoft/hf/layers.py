@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_metasoft.hf.shape import context_tokens
+from sglang_metasoft.hf.shape import FULL, SLIDING, context_tokens
 from sglang_metasoft.rope import find_turning
 from sglang_metasoft.types import AttentionLayer, LayerKind, Rope
 
@@ -17,7 +17,7 @@ SEED = 2606
 
 @torch.no_grad()
 def read_layers(model: "HFModel") -> list[AttentionLayer]:
-    """All layers of a model of plain causal attention.
+    """All layers of a model of plain causal attention, in a window or not.
 
     The same hidden states are seen at the first positions and at the last: what attends there gets the outputs of the
     first run, so that nothing but a layer's own treatment of positions tells the queries apart.
@@ -44,16 +44,27 @@ def read_layers(model: "HFModel") -> list[AttentionLayer]:
     model.run(embeds, places, attend)
     ropes = _ropes(model, limit)
     model.run(embeds, places + first_far, attend_far)
-    plain = LayerKind.FULL, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.head_dim
-    turnings = [find_turning(near[layer][0], far[layer], first_far, ropes) for layer in range(shape.num_layers)]
-    return [AttentionLayer(*plain, turning=turning, rope=rope) for turning, rope in turnings]
+    sizes = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.head_dim
+    found = []
+    for layer, window in enumerate(model.windows):
+        turning, rope = find_turning(near[layer][0], far[layer], first_far, ropes)
+        kind = LayerKind.FULL if window is None else LayerKind.WINDOW
+        found.append(AttentionLayer(kind, *sizes, window_tokens=window, turning=turning, rope=rope))
+    return found
 
 
 def _ropes(model: "HFModel", limit: int | None) -> list[Rope]:
-    """What may turn queries: the decoder's rotary embedding, in either order of dimensions."""
+    """What may turn queries: the decoder's rotary embedding, or that of each kind of layers, in either order."""
     module: Any = getattr(model.model.get_decoder(), "rotary_emb", None)
-    if not isinstance(getattr(module, "inv_freq", None), torch.Tensor) or limit is None:
+    if limit is None:
         return []
+    if not isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+        tables = [
+            _turned(torch.arange(limit, device=model.device), frequencies, getattr(module, f"{kind}_attention_scaling"))
+            for kind in (FULL, SLIDING)
+            if isinstance(frequencies := getattr(module, f"{kind}_inv_freq", None), torch.Tensor)
+        ]
+        return [Rope(table, is_neox) for table in tables for is_neox in (True, False)]
     places = torch.arange(limit, device=model.device)[None]
     # Some have other frequencies for long texts: those of all texts that are no longer than the short ones' limit.
     parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
@@ -65,8 +76,11 @@ def _ropes(model: "HFModel", limit: int | None) -> list[Rope]:
 def _table(module: Any, model: "HFModel", places: torch.Tensor) -> torch.Tensor:
     parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
     if "mrope_section" in parameters:  # it takes three positions a token
-        module(torch.empty(1, device=model.device, dtype=model.dtype), places.expand(3, *places.shape))
-    else:
-        module(torch.empty(1, device=model.device, dtype=model.dtype), places)  # settles the frequencies for these
-    angles = places[0, :, None].float() * module.inv_freq.float()
-    return torch.cat([angles.cos(), angles.sin()], -1) * module.attention_scaling
+        places = places.expand(3, *places.shape)
+    module(torch.empty(1, device=model.device, dtype=model.dtype), places)  # settles the frequencies for these
+    return _turned(places.flatten(0, -2)[0], module.inv_freq, module.attention_scaling)
+
+
+def _turned(places: torch.Tensor, frequencies: torch.Tensor, factor: float) -> torch.Tensor:
+    angles = places[:, None].float() * frequencies.float()
+    return torch.cat([angles.cos(), angles.sin()], -1) * factor

@@ -1,7 +1,8 @@
 """A frozen Hugging Face causal LM whose attention calls are answered by this project.
 
 The model keeps no cache: what new tokens see, and where their keys and values go, is for the function that answers the
-calls to say. Any model works that has plain causal attention in every layer, through transformers' AttentionInterface.
+calls to say. Any model works that has plain causal attention in every layer, in some of them in a sliding window,
+through transformers' AttentionInterface.
 """
 
 from collections.abc import Callable
@@ -22,12 +23,12 @@ from transformers import (
 
 from sglang_metasoft.config import shown
 from sglang_metasoft.hf.layers import read_layers
-from sglang_metasoft.hf.shape import read_config, shape_of
+from sglang_metasoft.hf.shape import longest_window, read_config, shape_of, windows
 from sglang_metasoft.types import AttentionLayer
 
 ATTENTION = "metasoft"
 PREFILL_CHUNK_TOKENS = 1024
-UNUSUAL = ("sliding_window", "softcap", "s_aux")  # what transformers hands to attention that is not plain
+UNUSUAL = ("softcap", "s_aux")  # what transformers hands to attention that is not plain
 # (layer, q [rows, H, t, d], k and v [rows, G, t, d], scale) -> output [rows, H, t, d]; q and k after RoPE
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 _answer: ContextVar[Callable] = ContextVar("answer")
@@ -50,20 +51,38 @@ class Prefilled(NamedTuple):
 def _attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     unusual = [name for name in UNUSUAL if kwargs.get(name) is not None]
-    return _answer.get()(module.layer_idx, query, key, value, scale, unusual).transpose(1, 2), None
+    window = kwargs.get("sliding_window")
+    return _answer.get()(module.layer_idx, query, key, value, scale, unusual, window).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attention of a sequence's last tokens ``[rows, H, t, d]`` to all of it, ``[rows, G, C + t, d]``."""
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None = None
+) -> torch.Tensor:
+    """Attention of a sequence's last tokens ``[rows, H, t, d]`` to all of it, ``[rows, G, C + t, d]``.
+
+    Args:
+        window: a token sees itself and so many less one before it; None: all.
+    """
     new, seen = q.shape[2], k.shape[2]
     mask = None
+    if window is not None:
+        hidden = max(0, seen - new - window + 1)  # from all of the new ones
+        k, v, seen = k[:, :, hidden:], v[:, :, hidden:], seen - hidden
+        mask = visible_in_window(new, seen, window, q.device)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     if 1 < new < seen:
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril(seen - new)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=new == seen, scale=scale, enable_gqa=True)
+
+
+def visible_in_window(new: int, seen: int, window: int, device: torch.device) -> torch.Tensor:
+    """``[new, seen]`` which of a sequence's tokens each of its last ones sees in a window."""
+    visible = torch.ones(new, seen, dtype=torch.bool, device=device)
+    return visible.tril(seen - new).triu(seen - new - window + 1)
 
 
 def load_tokenizer(path: str | Path):
@@ -83,17 +102,18 @@ class HFModel:
         tokenizer: of :func:`load_tokenizer`, if it is there already.
 
     Raises:
-        ValueError: nothing that can be loaded is there, or not every layer has plain causal attention. What the
-            configuration does not tell is refused by the first run.
+        ValueError: nothing that can be loaded is there, or not every layer has plain causal attention, or every one in
+            a window. What the configuration does not tell is refused by the first run.
     """
 
     def __init__(self, path: str | Path, device: torch.device, dtype: torch.dtype | str, tokenizer=None) -> None:
         self.config = read_config(path)
         text = self.config.get_text_config(decoder=True)
         self.shape = shape_of(text, str(path))
-        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise self._refusal(f"it has layers of kind {sorted(kinds)}")
+        try:
+            self.windows = windows(text)
+        except ValueError as error:
+            raise self._refusal(str(error)) from None
         self.tokenizer = tokenizer or load_tokenizer(path)
         try:
             # One that sees besides is run as its text part.
@@ -137,9 +157,13 @@ class HFModel:
     def _call(self, module, embeds: torch.Tensor, positions: torch.Tensor, attend: Attend, **kwargs):
         layers: set[int] = set()
 
-        def answer(layer: int, q, k, v, scale: float, unusual: list[str]) -> torch.Tensor:
+        def answer(layer: int, q, k, v, scale: float, unusual: list[str], window: int | None) -> torch.Tensor:
             if unusual:
                 raise self._refusal(f"layer {layer} has {unusual[0]}")
+            if window != self.windows[layer]:
+                raise self._refusal(
+                    f"layer {layer} has sliding_window {window}, its configuration says {self.windows[layer]}"
+                )
             layers.add(layer)
             return attend(layer, q, k, v, scale)
 
@@ -173,10 +197,20 @@ class HFModel:
             for entries, new in zip(layers[layer], (k, v), strict=True):
                 entries[start:end] = new[0].transpose(0, 1)
             key, value = (entries[:end].transpose(0, 1)[None] for entries in layers[layer])
-            return causal_attention(q, key, value, scale)
+            return causal_attention(q, key, value, scale, self.windows[layer])
 
         positions = torch.arange(start, end, device=self.device)
         return self.logits(self.embed(ids)[None], positions[None], attend, last=1)[0, -1]
+
+    @property
+    def full_layers(self) -> list[int]:
+        """Numbers of the layers that see all tokens."""
+        return [layer for layer, window in enumerate(self.windows) if window is None]
+
+    @property
+    def sliding_window_tokens(self) -> int | None:
+        """The longest window; None: there is none."""
+        return longest_window(self.config)
 
     def layers(self) -> list[AttentionLayer]:
         """The attention layers in order, and how the queries of each depend on their position; runs the model once."""
@@ -195,7 +229,7 @@ class HFModel:
 
         def attend(layer, q, k, v, scale):
             found.append(q[0].transpose(0, 1))
-            return causal_attention(q, k, v, scale)
+            return causal_attention(q, k, v, scale, self.windows[layer])
 
         self.run(self.embed(ids)[None], torch.arange(len(ids), device=self.device)[None], attend)
         return found

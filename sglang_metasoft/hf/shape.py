@@ -8,6 +8,8 @@ from transformers import AutoConfig
 from sglang_metasoft.config import shown
 from sglang_metasoft.types import ModelShape
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers in configurations
+
 
 def read_config(path: str | Path):
     """The configuration in a folder, or of a hub id.
@@ -59,6 +61,27 @@ def shape_of(text_config, name: str) -> ModelShape:
 def context_tokens(config) -> int | None:
     """The longest text that a model of this configuration takes, if it says so."""
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def windows(text_config) -> list[int | None]:
+    """Of each layer the tokens that one sees, itself included; None: all before it.
+
+    Raises:
+        ValueError: a layer is of another kind.
+    """
+    kinds = getattr(text_config, "layer_types", None) or [FULL] * text_config.num_hidden_layers
+    if unknown := sorted(set(kinds) - {FULL, SLIDING}):
+        raise ValueError(f"it has layers of kind {unknown}")
+    if FULL not in kinds:
+        raise ValueError("no layer sees all tokens, so that there is nothing to choose")
+    return [text_config.sliding_window if kind == SLIDING else None for kind in kinds]
+
+
+def longest_window(config) -> int | None:
+    """Tokens of the longest window of a model's layers; None: there is none."""
+    text = config.get_text_config(decoder=True)
+    has_windows = SLIDING in (getattr(text, "layer_types", None) or ())
+    return text.sliding_window if has_windows else None
 
 
 def kv_bytes_per_entry(shape: ModelShape, dtype: torch.dtype) -> int:

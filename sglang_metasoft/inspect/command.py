@@ -89,7 +89,7 @@ def _open_draft(output: Path):
 
 def _make_page(args: argparse.Namespace, config: MetaSoftConfig, ratios: list[float]) -> bytes:
     from sglang_metasoft.hf.model import load_tokenizer
-    from sglang_metasoft.hf.shape import context_tokens, read_config, read_shape
+    from sglang_metasoft.hf.shape import context_tokens, longest_window, read_config, read_shape
     from sglang_metasoft.inspect.inspected_model import InspectedModel
     from sglang_metasoft.inspect.inspection import check_lengths, inspect
     from sglang_metasoft.inspect.page import render
@@ -99,8 +99,8 @@ def _make_page(args: argparse.Namespace, config: MetaSoftConfig, ratios: list[fl
     folder = args.model_path or demo_model.prepare(demo_model.PATH)
     shape, tokenizer = read_shape(folder), load_tokenizer(folder)
     prompt = read_prompt(args.prompt, args.question, tokenizer)
-    limit = context_tokens(read_config(folder))
-    check_lengths(prompt, config, ratios, limit and limit - args.max_new_tokens)
+    limit, window = context_tokens(read_config(folder)), longest_window(read_config(folder))
+    check_lengths(prompt, config, ratios, limit and limit - args.max_new_tokens, window)
     auto.check(config, shape, tp_size=1)
     title = args.prompt.name if args.prompt else "State of the Union, 1944"
     facts = {"model": folder.resolve().name}

@@ -26,6 +26,7 @@ class CompressedLayer(NamedTuple):
     routes: Routes
     merged: MergedKV
     gate_scale: torch.Tensor  # [G] float32
+    is_window: bool  # the last entries stay; their importance is their place
 
 
 class Answer(NamedTuple):
@@ -81,10 +82,15 @@ class InspectedModel(HFModel):
         probe = probe_of(self, ids, plan, method)
         (found,) = compress(self, entries, probe, [plan], recorder)
         layers, groups = [], self.shape.num_kv_heads
-        for layer, (importance, (routes, merged)) in enumerate(zip(recorder.importance, found, strict=True)):
-            importance = method.consolidation.rank(importance, probe)
+        scored = iter(recorder.importance)
+        for layer, (routes, merged) in enumerate(found):
+            is_window = self.windows[layer] is not None
+            if not is_window:
+                importance = method.consolidation.rank(next(scored), probe)
+            else:
+                importance = torch.arange(plan.span_tokens, device=self.device).expand(groups, -1) / plan.span_tokens
             gate = torch.as_tensor(method.gate_scale(layer, 0, groups), dtype=torch.float32, device="cpu")
-            layers.append(CompressedLayer(importance, routes, merged, gate.flatten().expand(groups)))
+            layers.append(CompressedLayer(importance, routes, merged, gate.flatten().expand(groups), is_window))
         return layers
 
     def compressed_cache(self, entries: list[LayerKV], plan: Plan, layers: list[CompressedLayer]) -> list[LayerKV]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.inspect.inspected_model import Answer, CompressedLayer, InspectedModel
@@ -46,17 +47,21 @@ class Inspection(NamedTuple):
     answer_texts: list[str]  # of the results, then of the plain answer
 
 
-def check_lengths(prompt: InspectedPrompt, config: MetaSoftConfig, ratios: list[float], limit: int | None) -> None:
+def check_lengths(
+    prompt: InspectedPrompt, config: MetaSoftConfig, ratios: list[float], limit: int | None,
+    sliding_window_tokens: int | None,
+) -> None:  # fmt: skip
     """Raise ValueError, with the policy's reason, unless the prompt is compressed at every ratio and fits the model.
 
     Args:
         limit: tokens that the model takes, the answer's already subtracted.
+        sliding_window_tokens: of the model, as :func:`sglang_metasoft.pipeline.plan.plan_span` takes them.
     """
     count = len(prompt.ids)
     if limit is not None and count > limit:
         raise ValueError(f"the prompt has {count} tokens; the model takes {limit} beside the answer")
     for ratio in ratios:
-        _plan(config, count, ratio)
+        _plan(config, count, ratio, sliding_window_tokens)
 
 
 def inspect(
@@ -72,7 +77,7 @@ def inspect(
     """
     method = model.make_method(config)
     facts = facts | {"method": f"{method.config.method}: {method.description}"}
-    count = len(prompt.ids)
+    count, window = len(prompt.ids), model.sliding_window_tokens
     progress(f"prefill of {count} tokens")
     cache, first = model.prefill(prompt.ids)
     progress("answer without compression")
@@ -81,7 +86,7 @@ def inspect(
     ranking: _Ranking | None = None
     for ratio in ratios:
         progress(f"compression and answer at ratio {ratio:g}")
-        plan = _plan(config, count, ratio)
+        plan = _plan(config, count, ratio, window)
         layers = model.compress(cache, prompt.ids, plan, method)
         ranking = ranking or _Ranking.of(layers, plan.sink_tokens)
         _check_nested(ranking.rank, plan, layers, ratio)
@@ -98,7 +103,7 @@ def inspect(
         importance=encode_importance(ranking.importance),
         rank=ranking.rank,
         gate_scale=ranking.gate_scale,
-        steps=_steps(config, count, ratios),
+        steps=_steps(config, count, ratios, window),
         results=results,
         plain=plain,
         answer_texts=[
@@ -119,30 +124,47 @@ class _Ranking(NamedTuple):
     def of(cls, layers: list[CompressedLayer], sink_tokens: int) -> "_Ranking":
         importance = torch.cat([layer.importance for layer in layers]).cpu()
         gate_scale = torch.cat([layer.gate_scale for layer in layers])
-        return cls(importance.numpy(), _rank(importance, sink_tokens), gate_scale.numpy())
+        sinks = torch.tensor([0 if layer.is_window else sink_tokens for layer in layers])
+        ranks = _rank(importance, sinks.repeat_interleave(len(importance) // len(layers)))
+        return cls(importance.numpy(), ranks, gate_scale.numpy())
 
 
-def _plan(config: MetaSoftConfig, prompt_tokens: int, ratio: float) -> Plan:
-    plan = _plan_or_reason(config, prompt_tokens, ratio)
+def _plan(config: MetaSoftConfig, prompt_tokens: int, ratio: float, sliding_window_tokens: int | None) -> Plan:
+    plan = _plan_or_reason(config, prompt_tokens, ratio, sliding_window_tokens)
     if plan is Bypass.TOO_SHORT:
         raise ValueError(
             f"the prompt has {prompt_tokens} tokens and is not compressed: {plan.value} (the {prompt_tokens} less the "
             f"window of {config.window} must be at least min_tokens, {config.min_tokens})"
+        )
+    if plan is Bypass.SLIDING_WINDOW:
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens and is not compressed: {plan.value} (the {prompt_tokens} less the "
+            f"window of {config.window} must be at least twice the model's sliding window of {sliding_window_tokens})"
         )
     if not isinstance(plan, Plan):
         raise ValueError(f"the prompt of {prompt_tokens} tokens is not compressed at ratio {ratio:g}: {plan.value}")
     return plan
 
 
-def _plan_or_reason(config: MetaSoftConfig, prompt_tokens: int, ratio: float) -> Plan | Bypass:
-    return plan_span(config, prompt_tokens=prompt_tokens, page_size=1, options={"ratio": ratio})
+def _plan_or_reason(
+    config: MetaSoftConfig, prompt_tokens: int, ratio: float, sliding_window_tokens: int | None
+) -> Plan | Bypass:
+    return plan_span(
+        config, prompt_tokens=prompt_tokens, page_size=1, options={"ratio": ratio},
+        sliding_window_tokens=sliding_window_tokens,
+    )  # fmt: skip
 
 
-def _steps(config: MetaSoftConfig, prompt_tokens: int, ratios: list[float]) -> list[tuple[float, int]]:
+def _steps(
+    config: MetaSoftConfig, prompt_tokens: int, ratios: list[float], sliding_window_tokens: int | None
+) -> list[tuple[float, int]]:
     """Ratios of the slider, the computed ones among them, with what the policy keeps of the span."""
     top = int(np.log2(max(ratios)) * STEPS_PER_OCTAVE)
     between = {2 ** (step / STEPS_PER_OCTAVE) for step in range(1, top + 1)}
-    plans = {ratio: _plan_or_reason(config, prompt_tokens, ratio) for ratio in sorted(between | set(ratios))}
+    plans = {
+        ratio: _plan_or_reason(config, prompt_tokens, ratio, sliding_window_tokens)
+        for ratio in sorted(between | set(ratios))
+    }
     return [(ratio, plan.kept_slots) for ratio, plan in plans.items() if isinstance(plan, Plan)]
 
 
@@ -153,9 +175,9 @@ def encode_importance(importance: np.ndarray) -> np.ndarray:
     return np.where(importance < 2.0**LOG2_FLOOR, 0, np.minimum(codes, 65535)).astype(np.uint16)
 
 
-def _rank(importance: torch.Tensor, sink_tokens: int) -> np.ndarray:
-    ranked = importance.clone()
-    ranked[:, :sink_tokens] = float("inf")
+def _rank(importance: torch.Tensor, sink_tokens: torch.Tensor) -> np.ndarray:
+    is_sink = torch.arange(importance.shape[1]) < sink_tokens[:, None]
+    ranked = importance.masked_fill(is_sink, float("inf"))
     order = ranked.sort(dim=1, descending=True, stable=True).indices
     dtype = np.uint16 if importance.shape[1] <= 65536 else np.uint32
     return order.argsort(dim=1).numpy().astype(dtype)
@@ -169,8 +191,12 @@ def _check_nested(rank: np.ndarray, plan: Plan, layers: list[CompressedLayer], r
 
 
 def _result(ratio: float, plan: Plan, layers: list[CompressedLayer], answer: Answer, dtype) -> Result:
-    targets = torch.cat([layer.routes.targets for layer in layers]).cpu().numpy().astype(dtype)
-    weights = torch.cat([layer.routes.weights for layer in layers]).cpu().numpy()
+    most = max(layer.routes.targets.shape[2] for layer in layers)  # none in a window, where nothing flows
+    targets, weights = (
+        torch.cat([pad(part, (0, most - part.shape[2])) for part in parts]).cpu().numpy()
+        for parts in zip(*((layer.routes.targets, layer.routes.weights) for layer in layers), strict=True)
+    )
+    targets = targets.astype(dtype)
     return Result(ratio, plan, targets, np.rint(weights * WEIGHT_STEPS).astype(np.uint8), answer)
 
 

@@ -4,7 +4,7 @@ import torch
 
 from sglang_metasoft.methods.base import Method
 from sglang_metasoft.rope import rotate
-from sglang_metasoft.types import LayerView, Probe, Prompt, Rope, Scores, ServedModel, Turning
+from sglang_metasoft.types import LayerKind, LayerView, Probe, Prompt, Rope, Scores, ServedModel, Turning
 
 FUTURE_TOKENS = 512
 
@@ -23,7 +23,7 @@ class ExpectedAttention(Method):
         super().prepare(model)
         self.ropes = []
         for number, layer in enumerate(model.layers()):
-            if layer.turning is Turning.OTHER:
+            if layer.turning is Turning.OTHER and layer.kind is LayerKind.FULL:
                 raise ValueError(
                     f"method expected_attention: layer {number} of this model does more to a query by its position "
                     "than to turn it; allowed: layers that turn it, or do nothing"

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from metasoft_kernels.move.fused import move, move_biased
 from metasoft_kernels.parts import Scored
-from metasoft_kernels.ragged import ragged, rows_of_each
+from metasoft_kernels.probe.naive import first_seen
+from metasoft_kernels.ragged import Ragged, ragged, rows_of_each
 from metasoft_kernels.refine.fused import log_importance
 from metasoft_kernels.route.fused import route
 from metasoft_kernels.score.fused import importance as mean_attention
@@ -132,6 +133,8 @@ class FusedBatch:
         )
         self.targets = min(method.consolidation.targets, method.config.route_band, self.kept.longest)
         self.noted = method.consolidation.note_batch(jobs)
+        self._windows: dict[int, tuple[torch.Tensor, Ragged]] = {}  # by their tokens: slots and axis of what is seen
+        self._last_rows: torch.Tensor | None = None
 
     def compress(
         self,
@@ -151,11 +154,14 @@ class FusedBatch:
         """
         if q.stride()[1:] != (q.shape[2], 1):  # rows of a wider tensor are read where they lie
             q = q.contiguous()
+        slots, context = self._seen_in(pool.window_tokens)
         with clock("probe"):
             out, lse = self.attend(
-                q, pool.key, pool.value, self.context_slots, k_new, v_new, self.probe, self.context, pool.scale,
-                pool.key_scale, pool.value_scale,
+                q, pool.key, pool.value, slots, k_new, v_new, self.probe, context, pool.scale, pool.key_scale,
+                pool.value_scale, pool.window_tokens,
             )  # fmt: skip
+        if pool.window_tokens is not None:
+            return out, Consolidated(self._keep_last(pool.key.shape[1]), None, None), self._all_sound()
         if self.method.consolidation.ranks_by_kernels:
             return out, *self._rank_by_kernels(q, pool, lse, layer, clock)
         with clock("score"):
@@ -180,6 +186,29 @@ class FusedBatch:
             merged = self.method.consolidation.merge_batch(routed)
         consolidated = Consolidated(kept_rows, merged.values, merged.key_biases)
         return out, consolidated, self._finite(raw, merged.is_finite)
+
+    def _seen_in(self, window: int | None) -> tuple[torch.Tensor, Ragged]:
+        """What the probes see in a layer, at the most: all entries, or the last of each prompt's."""
+        if window is None:
+            return self.context_slots, self.context
+        if window not in self._windows:
+            seen = [job.context_slots[first_seen(job.context_slots.numel(), window) :] for job in self.jobs]
+            (axis,) = ragged(self.device, [slots.numel() for slots in seen])
+            self._windows[window] = torch.cat(seen), axis
+        return self._windows[window]
+
+    def _keep_last(self, groups: int) -> torch.Tensor:
+        """``[G, sum B]`` int32: in a layer of a window each span's last entries stay, whatever they are worth."""
+        if self._last_rows is None:
+            ends = zip(self.span.ranges(), self.kept.lengths, strict=True)
+            rows = [
+                torch.arange(own.stop - kept, own.stop, dtype=torch.int32, device=self.device) for own, kept in ends
+            ]
+            self._last_rows = torch.cat(rows).expand(groups, -1).contiguous()
+        return self._last_rows
+
+    def _all_sound(self) -> list[torch.Tensor]:
+        return [torch.ones((), dtype=torch.bool) for _ in self.jobs] if self.device.type == "cpu" else []
 
     def _rank_by_kernels(
         self, q: torch.Tensor, pool: LayerPool, lse: torch.Tensor, layer: int, clock: Clock

@@ -1,7 +1,7 @@
 """How many prompts fit into a KV pool, with and without compression: lengths in, counts out."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sglang_metasoft.config import MetaSoftConfig
 from sglang_metasoft.pipeline.plan import chunked_footprint, plan_span
@@ -32,6 +32,7 @@ def fit_compressed(
     output_tokens: int,
     chunk_tokens: int,
     page_size: int = 1,
+    sliding_window_tokens: int | None = None,
 ) -> Fit:
     """Requests that fit when each prompt is compressed.
 
@@ -41,15 +42,19 @@ def fit_compressed(
     Args:
         ratio: replaces the one in ``config``.
         chunk_tokens: tokens of a prefill chunk.
+        sliding_window_tokens: as :func:`sglang_metasoft.pipeline.plan.plan_span` takes them.
     """
     config = dataclasses.replace(config, ratio=ratio, budget=None)
-    plan = plan_span(config, prompt_tokens=prompt_tokens, page_size=page_size)
+    common: dict[str, Any] = dict(
+        prompt_tokens=prompt_tokens, page_size=page_size, sliding_window_tokens=sliding_window_tokens
+    )
+    plan = plan_span(config, **common)
     if not isinstance(plan, Plan):
         count = fit_raw(pool_tokens, prompt_tokens, output_tokens)
         return Fit(ratio, prompt_tokens, count, count, plan.value)
     held = prompt_tokens - plan.saved_slots
     arriving = prompt_tokens + plan.kept_slots + output_tokens
-    chunked = chunked_footprint(config, prompt_tokens=prompt_tokens, chunk_tokens=chunk_tokens, page_size=page_size)
+    chunked = chunked_footprint(config, chunk_tokens=chunk_tokens, **common)
     chunked_held = chunked.final_slots + output_tokens
     return Fit(
         ratio=ratio,

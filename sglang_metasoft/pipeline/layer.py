@@ -47,10 +47,12 @@ def compress_layer(
         if q.shape[0]:
             out, lse = attend(
                 q, pool.key, pool.value, job.context_slots, k_new, v_new, pool.scale, pool.key_scale, pool.value_scale,
-                config.kernels,
+                config.kernels, pool.window_tokens,
             )  # fmt: skip
         else:
             out, lse = q, q.new_empty(q.shape[:2], dtype=torch.float32)
+    if pool.window_tokens is not None:
+        return out, *keep_last(job, pool, q.dtype)
     with clock("score"):
         view = LayerView(job, pool, q, lse, layer, first_kv_head)
         ranking = job.probe.ranking_tokens
@@ -74,6 +76,23 @@ def compress_layer(
     is_finite = finite_scores & merged.key.isfinite().all() & finite_values.all()
     merged = merged._replace(value=torch.where(finite_values, merged.value, gather(values, routes.kept)))
     return out, routes, merged, is_finite
+
+
+def keep_last(job: Job, pool: LayerPool, dtype: torch.dtype) -> tuple[Routes, MergedKV, torch.Tensor]:
+    """A layer of a window: in every head the last entries of the span stay as they were, in order.
+
+    No later token sees any other, and those that follow lie as many entries behind a kept one as tokens.
+
+    Returns:
+        As :func:`compress_layer`, without the probe's output.
+    """
+    groups, dropped = pool.key.shape[1], job.plan.saved_slots
+    rows = torch.arange(job.plan.span_tokens, device=job.span_slots.device).expand(groups, -1)
+    nowhere = rows[:, :dropped, None][..., :0]
+    routes = Routes(rows[:, dropped:], rows[:, :dropped], nowhere, nowhere.float())
+    slots = job.span_slots[dropped:]
+    merged = MergedKV(_read(pool.key, slots, pool.key_scale, dtype), _read(pool.value, slots, pool.value_scale, dtype))
+    return routes, merged, torch.ones((), dtype=torch.bool, device=slots.device)
 
 
 def _read(buffer: torch.Tensor, slots: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:

@@ -21,6 +21,7 @@ def plan_span(
     reused_slots: int = 0,
     boundary_tokens: int | None = None,
     end_limit_tokens: int | None = None,
+    sliding_window_tokens: int | None = None,
     options: dict | None = None,
 ) -> Plan | Bypass:
     """Plan the next compressed span of a prompt.
@@ -34,6 +35,10 @@ def plan_span(
       holds the budget, window included. A reused prefix stays what it is, and what follows it gets its share: where the
       prefix was made for a shorter prompt, this one holds more than the budget.
 
+    Layers of a sliding window keep the last entries of every span, and what follows a span must find a whole window of
+    them: nothing less is kept, whatever the ratio or the budget. So a span is at least twice as long, unless all of it
+    is kept; and in the midst of a prefill it waits for the chunks that let the ratio have its way.
+
     Args:
         prompt_tokens: logical tokens of the prompt whose KV is, or will be, present.
         page_size: slots of a pool page.
@@ -43,6 +48,7 @@ def plan_span(
         reused_tokens: of the prefix's, those that were compressed for an earlier prompt; reused_slots: their entries.
         boundary_tokens: where other prompts are known, or expected, to leave this one.
         end_limit_tokens: logical tokens that no span may pass, whatever the boundary.
+        sliding_window_tokens: the longest window of the model's layers; None: every layer sees all tokens.
         options: per-request overrides of ``ratio`` or ``budget``.
 
     Returns:
@@ -57,35 +63,43 @@ def plan_span(
     elif "budget" in options:
         budget = options["budget"]
 
+    # A token sees itself and what its window has before it.
+    window_slots = max((sliding_window_tokens or 0) - 1, 0)
+    least_span = config.min_tokens
+    if budget is not None or ratio != NO_COMPRESSION:
+        least_span = max(least_span, 2 * window_slots)
     limit = max(prompt_tokens, boundary_tokens or 0) if end_limit_tokens is None else end_limit_tokens
     end = min(prompt_tokens - config.window, limit) // page_size * page_size
     boundary = min(boundary_tokens or 0, limit) // page_size * page_size
     ends_at_boundary = False
-    if boundary - compressed_tokens >= config.min_tokens:
+    if boundary - compressed_tokens >= least_span:
         ends_at_boundary = boundary <= prompt_tokens
         if ends_at_boundary:
             end = boundary
-        elif boundary - end < config.min_tokens:
+        elif boundary - end < least_span:
             return Bypass.TOO_SHORT  # what would be left before the boundary; the next chunk completes it
     span = (end - compressed_tokens) // page_size * page_size
-    if span < config.min_tokens:
-        return Bypass.TOO_SHORT
+    if span < least_span:
+        return Bypass.TOO_SHORT if span < config.min_tokens else Bypass.SLIDING_WINDOW
     end = compressed_tokens + span
     if budget is not None:
         # What stays raw in the end: all after the last span, which is this one unless another is long enough.
         whole = prompt_tokens if whole_tokens is None else whole_tokens
         last_end = whole - config.window if end_limit_tokens is None else min(whole - config.window, end_limit_tokens)
         last_end = last_end // page_size * page_size
-        if end <= boundary <= whole and last_end - boundary < config.min_tokens:
+        if end <= boundary <= whole and last_end - boundary < least_span:
             last_end = boundary
-        raw = whole - (last_end if last_end - end >= config.min_tokens else end)
+        raw = whole - (last_end if last_end - end >= least_span else end)
         own_slots = compressed_slots - reused_slots
         wanted = -(-(end - reused_tokens) * (budget - raw) // (whole - raw)) - own_slots
     else:
         tail = 0 if ends_at_boundary else prompt_tokens - end
         wanted = math.ceil((end if ends_at_boundary else prompt_tokens) / ratio) - tail - compressed_slots
     sink = config.sink if compressed_slots == 0 else 0
-    kept = max(wanted, sink + 1, MIN_KEPT_SLOTS)
+    is_part = not ends_at_boundary and whole_tokens is not None and prompt_tokens < whole_tokens
+    if is_part and wanted < window_slots < span:
+        return Bypass.SLIDING_WINDOW  # the next chunk may be enough
+    kept = max(wanted, sink + 1, MIN_KEPT_SLOTS, window_slots)
     kept = -(-kept // page_size) * page_size
     if kept >= span:
         if budget is None and ratio == NO_COMPRESSION:

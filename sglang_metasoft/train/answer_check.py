@@ -60,7 +60,7 @@ def overlap(ours: torch.Tensor, theirs: torch.Tensor, span: int) -> float:
 
 @torch.no_grad()
 def snapkv(backbone: Backbone, context: Context) -> torch.Tensor:
-    """``[layers, G, S]`` importance under SnapKV's window, pooled over neighbours."""
+    """``[layers, G, S]`` importance under SnapKV's window, pooled over neighbours; of layers that see all tokens."""
     window, length = len(context.last_ids), context.layers.length
     probing = Probing(len(context.span_ids))
     before = Layers((k[:, : length - window], v[:, : length - window]) for k, v in context.layers)
@@ -69,11 +69,15 @@ def snapkv(backbone: Backbone, context: Context) -> torch.Tensor:
     return avg_pool1d(raw.flatten(0, 1), SNAPKV_POOL, 1, SNAPKV_POOL // 2).view_as(raw)
 
 
-def shorten(context: Context, kept: torch.Tensor) -> Layers:
-    """The context with the kept entries of its span and all of its tail."""
-    span = len(context.span_ids)
+def shorten(context: Context, kept: torch.Tensor, full_layers: list[int]) -> Layers:
+    """The context with the kept entries of its span and all of its tail; all entries in layers of a window."""
+    span, indices_of = len(context.span_ids), dict(zip(full_layers, kept.to(context.layers[0][0].device), strict=True))
     layers = []
-    for (keys, values), indices in zip(context.layers, kept.to(context.layers[0][0].device), strict=True):
+    for number, (keys, values) in enumerate(context.layers):
+        if number not in indices_of:
+            layers.append((keys, values))
+            continue
+        indices = indices_of[number]
         picked = (gather(entries[:, :span].transpose(0, 1), indices).transpose(0, 1) for entries in (keys, values))
         layers.append(tuple(torch.cat([p, e[:, span:]], 1) for p, e in zip(picked, (keys, values), strict=True)))
     return Layers(layers)

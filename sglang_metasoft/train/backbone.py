@@ -12,7 +12,7 @@ import torch
 from sglang_metasoft.hf.cache import Batch, generate
 from sglang_metasoft.hf.model import HFModel, LayerKV, causal_attention
 
-# (layer, q [H, t, d], k [G, C + t, d], v [G, C + t, d], scale) -> output [H, t, d]
+# (number among layers that see all tokens, q [H, t, d], k [G, C + t, d], v [G, C + t, d], scale) -> output [H, t, d]
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
@@ -48,6 +48,11 @@ class Backbone(HFModel):
         super().__init__(path, device, dtype)
         self.shape = self.shape._replace(name=Path(path).name)
 
+    def table(self) -> torch.Tensor:
+        """``[V, D]`` every token's embedding; some tables have a factor, which their weights do not show."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        return self.embed(torch.arange(rows, device=self.device))
+
     def rows(
         self,
         inputs: torch.Tensor,
@@ -61,20 +66,23 @@ class Backbone(HFModel):
         Args:
             inputs: ``[t]`` ids or ``[t, D]`` embeddings.
             context: what they see; None for nothing.
-            attend: answers each layer's attention call; None for the usual attention.
+            attend: answers the attention call of each layer that sees all tokens; None for the usual attention. Layers
+                of a window keep all that they see, whatever is dropped elsewhere: they have the usual one always.
             start: position of the first row; the context's length unless given.
             logits: return ``[t, vocab]`` logits instead of hidden states ``[t, D]``.
 
         Returns:
             Logits or hidden states, and the entries of context and rows.
         """
-        seen = Layers()
+        seen, numbers = Layers(), {layer: number for number, layer in enumerate(self.full_layers)}
 
         def answer(layer, q, k, v, scale):
             if context is not None:
                 k, v = (torch.cat([old.to(new)[None], new], 2) for old, new in zip(context[layer], (k, v), strict=True))
             seen.append((k[0], v[0]))
-            return causal_attention(q, k, v, scale) if attend is None else attend(layer, q[0], k[0], v[0], scale)[None]
+            if attend is None or self.windows[layer] is not None:
+                return causal_attention(q, k, v, scale, self.windows[layer])
+            return attend(numbers[layer], q[0], k[0], v[0], scale)[None]
 
         if start is None:
             start = context.length if context is not None else 0

@@ -50,8 +50,7 @@ class Row(NamedTuple):
 
 def last_first(backbone: Backbone, context: Context) -> Scores:
     """Sinks and the last entries: what a cache keeps that knows nothing."""
-    span = len(context.span_ids)
-    return Scores(torch.arange(1.0, span + 1).expand(len(context.layers), context.layers[0][0].shape[0], span))
+    return Scores(torch.arange(1.0, len(context.span_ids) + 1).expand(context.target.shape))
 
 
 BASELINES: dict[str, Ranker] = {

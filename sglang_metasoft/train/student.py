@@ -51,7 +51,7 @@ class MetaSoftStudent(Student):
         Each soft token starts as a row of its own plus a share of the mean. Features that the selector is not to read
         (:data:`sglang_metasoft.train.settings.FEATURES`) have weights of 0 and keep them.
         """
-        shape, table = backbone.shape, backbone.model.get_input_embeddings().weight.float().cpu()
+        shape, table = backbone.shape, backbone.table().float().cpu()
         rows = min(LIBRARY_ROWS, shape.hidden_size)
         generator = torch.Generator().manual_seed(seed)
         soft = SoftTokens(
@@ -96,7 +96,11 @@ class MetaSoftStudent(Student):
             sums, squares, count = sums + x.sum(-2), squares + x.square().sum(-2), count + x.shape[-2]
         mean = sums / count
         deviation = (squares / count - mean.square()).clamp_min(0).sqrt()
-        self.soft.scorer.initialize(mean, deviation, torch.Generator().manual_seed(seed))
+        # Layers of a window are never asked: as if their features were standardised already.
+        all_layers = backbone.shape.num_layers, *mean.shape[1:]
+        means, deviations = mean.new_zeros(all_layers), mean.new_ones(all_layers)
+        means[backbone.full_layers], deviations[backbone.full_layers] = mean, deviation
+        self.soft.scorer.initialize(means, deviations, torch.Generator().manual_seed(seed))
 
     def tokens(self, backbone, context, noise):
         span, last = (ids.to(backbone.device) for ids in (context.span_ids, context.raw_ids[-TAIL_TOKENS:]))
@@ -111,7 +115,12 @@ class MetaSoftStudent(Student):
     def refine(self, mass, context, backbone):
         if self.soft.scorer is None:
             return super().refine(mass, context, backbone)
-        return self.soft.scorer(mass, *entries(context, backbone), int(context.at_boundary))
+        return self.soft.scorer(mass, *entries(context, backbone), int(context.at_boundary), self._which(backbone))
+
+    def _which(self, backbone: Backbone) -> tuple:
+        """The scorer's layers: all, as they lie, or those that see all tokens."""
+        full = backbone.full_layers
+        return (slice(None) if len(full) == backbone.shape.num_layers else full,)
 
 
 class JudgeQStudent(Student):
@@ -124,7 +133,7 @@ class JudgeQStudent(Student):
     @classmethod
     @torch.no_grad()
     def create(cls, backbone: Backbone, count: int, seed: int) -> "JudgeQStudent":
-        table = backbone.model.get_input_embeddings().weight.float()
+        table = backbone.table().float()
         picked = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))[:count]
         return cls(table[picked.to(table.device)].clone())
 
@@ -163,8 +172,6 @@ def mean_of(students: list[Student]) -> Student:
 
 
 def entries(context: Context, backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the span, ``[layers, G, S, d]``."""
-    span = len(context.span_ids)
-    return tuple(
-        torch.stack([layer[which][:, :span] for layer in context.layers]).to(backbone.device) for which in (0, 1)
-    )
+    """Keys and values of the span, ``[layers, G, S, d]``, of layers that see all tokens."""
+    span, layers = len(context.span_ids), [context.layers[number] for number in backbone.full_layers]
+    return tuple(torch.stack([layer[which][:, :span] for layer in layers]).to(backbone.device) for which in (0, 1))

@@ -68,7 +68,7 @@ def evaluate(
                 oracle = top(context.target.to(device), kept, repeats)
                 chosen = top(importance, kept, repeats)
                 if repeats is None:
-                    score = answer_score(backbone, context, shorten(context, chosen))
+                    score = answer_score(backbone, context, shorten(context, chosen, backbone.full_layers))
                 else:
                     carried = with_biases(importance if mass is None else mass, chosen, repeats)
                     score = answer_score(backbone, context, attend=carried)

@@ -34,6 +34,7 @@ def launch_a_layer(heads, groups, d, dtype, pool_dtype, device, spans=(4000, 300
     )
     scale = d**-0.5
     out, lse = probe_kernels.attend(q, key, value, context_slots, k_new, v_new, probe, context, scale, 0.5, 0.5)
+    probe_kernels.attend(q, key, value, context_slots, k_new, v_new, probe, context, scale, 0.5, 0.5, 1024)
     probe_kernels.merge_with_self(q, out, lse, k_new, v_new, probe, scale, 0.7)
     mass = score_kernels.importance(q, key, slots, lse, probe, span, scale, 0.5)
     kept_rows, dropped_rows = select_kernels.split_top(mass, sinks.starts.diff(), span, kept, dropped)

@@ -25,6 +25,7 @@ from tests.unit.methods import SHAPE, make_method, make_pool, make_tensors
 
 CUDA = torch.device("cuda")
 BATCHES, MOST_PROMPTS = 12, 5
+WINDOWS = (None, 512)  # of layers
 
 
 def variants(launches) -> set[str]:
@@ -33,7 +34,7 @@ def variants(launches) -> set[str]:
     return {str((source.fn.__name__, source.signature, source.constants, source.attrs, kw)) for source, kw in sources}
 
 
-def serve(method, spans: list[int], ratio: float) -> None:
+def serve(method, spans: list[int], ratio: float, window: int | None) -> None:
     """One layer of prompts of these lengths."""
     jobs = []
     for span in spans:
@@ -41,7 +42,7 @@ def serve(method, spans: list[int], ratio: float) -> None:
         probe = make_probe(method, Prompt(ids[:span], ids[span:], span + 64, span + 64))
         plan = Plan(0, span, max(16, int(span / ratio)), 4, ends_at_boundary=span % 2 == 0)
         jobs.append(Job(plan, probe, ids[: probe.context_slots], ids[:span], ids[: plan.kept_slots].clone()))
-    pool = make_pool(CUDA)
+    pool = make_pool(CUDA)._replace(window_tokens=window)
     batch = FusedBatch(jobs, method, attend)
     q, k, v = make_tensors(batch.probe.total, CUDA)
     _, consolidated, _ = batch.compress(q, k, v, pool, method.gate_scale(1, 0, 3), 1)
@@ -58,12 +59,14 @@ def main() -> None:
             scorer = EntryScorer(SHAPE.num_layers, SHAPE.num_kv_heads, SHAPE.head_dim, 8)
         if name == "metasoft":
             method.soft_tokens.scorer = scorer.requires_grad_(False) if consolidation == "key_bias" else None
-        warm_up(method, attend, make_pool(CUDA), SHAPE.num_heads, torch.float32)
+        for window in WINDOWS:
+            pool = make_pool(CUDA)._replace(window_tokens=window)
+            warm_up(method, attend, pool, SHAPE.num_heads, torch.float32)
         compiled = variants(launches)
         launches.clear()
         for _ in range(BATCHES):
             spans = [int(10 ** draw.uniform(2, 5)) for _ in range(draw.randint(1, MOST_PROMPTS))]
-            serve(method, spans, draw.choice([2, 3.7, 8]))
+            serve(method, spans, draw.choice([2, 3.7, 8]), draw.choice(WINDOWS))
         served = variants(launches)
     print(json.dumps({"compiled": len(compiled), "served": len(served), "missing": sorted(served - compiled)}))
 

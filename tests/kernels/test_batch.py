@@ -96,6 +96,35 @@ def test_batch(name, consolidation, dtype):
             assert (difference > tolerance).float().mean() < (1e-6 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_in_a_layer_of_a_window_the_last_entries_stay_as_they_were(dtype):
+    """Whatever the method and the consolidation would have chosen; the same fused and job by job."""
+    case = Case(0, 3, 2, 64, 16, dtype)
+    pool = make_pool(case, [span + WINDOW for span in SPANS])
+    jobs, method = make_jobs(case, pool, True), make_method("judge_q", "key_bias", "triton")
+    layer = LayerPool(pool.key, pool.value, 0.125, *case.scales, window_tokens=30)
+    lengths = [job.probe.embeds.shape[0] for job in jobs]
+    q = randn(sum(lengths), 6, 64, dtype=case.compute_dtype)
+    k, v = (randn(sum(lengths), 3, 64, dtype=case.compute_dtype) for _ in range(2))
+    batch = FusedBatch(jobs, method, probe_kernels.attend)
+    out, consolidated, flags = batch.compress(q, k, v, layer, 1.0, 0)
+    assert len(flags) == (0 if DEVICE == "cuda" else len(jobs)) and all(flags)
+    batch.write(layer, consolidated)
+    inputs = zip(jobs, q.split(lengths), k.split(lengths), v.split(lengths), out.split(lengths), strict=True)
+    for job, *tensors, got in inputs:
+        expected, routes, merged, _ = compress_layer(job, *tensors, layer, method, 1.0)
+        torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
+        last = job.span_slots[job.plan.saved_slots :]
+        whole = torch.arange(job.plan.span_tokens)
+        assert all(torch.equal(kept.cpu(), whole[job.plan.saved_slots :]) for kept in routes.kept)
+        assert all(torch.equal(dropped.cpu(), whole[: job.plan.saved_slots]) for dropped in routes.dropped)
+        for buffer, scale, entries in zip(layer[:2], case.scales, (merged.key, merged.value), strict=True):
+            assert torch.equal(buffer[job.new_slots].view(torch.uint8), buffer[last].view(torch.uint8))
+            torch.testing.assert_close(entries.float(), buffer[last].float() * scale, atol=0, rtol=1e-2)
+    for kept, job in zip(batch.kept_of_jobs(consolidated), jobs, strict=True):
+        assert kept.shape == (3, job.plan.kept_slots) and (kept[:, 0] == job.plan.saved_slots).all()
+
+
 @pytest.mark.parametrize("limit_bytes", [1, 13 * 2 * sum(SPANS) + 12 * 3 * sum(KEPT)], ids=["a head", "two heads"])
 @pytest.mark.parametrize("name", ["judge_q", "metasoft", "snapkv_keydiff"])
 def test_heads_in_pieces_give_the_same(name, limit_bytes, monkeypatch):

@@ -35,6 +35,23 @@ def test_probe_attention_is_causal_softmax_attention(entries, groups, r, d):
             torch.testing.assert_close(out[token, head], logits.softmax(0) @ values, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("window", [2, 5, 64, 68, 69, 300])
+def test_in_a_window_a_token_sees_itself_and_so_many_less_one_before_it(window):
+    """Of 64 entries and 300 probe tokens, more than a block of them."""
+    k, v, slots = make_pool(64, 2, 64)
+    q, k_new, v_new = torch.randn(300, 4, 64), torch.randn(300, 2, 64), torch.randn(300, 2, 64)
+    out, lse = attend(q, k, v, slots, k_new, v_new, 0.125, window=window)
+    for token in (0, 1, 4, 5, 63, 257, 299):
+        for head in range(4):
+            keys, values = (
+                torch.cat([old[slots, head // 2], new[: token + 1, head // 2]])[-window:]
+                for old, new in ((k, k_new), (v, v_new))
+            )
+            logits = keys @ q[token, head] * 0.125
+            torch.testing.assert_close(lse[token, head], logits.logsumexp(0), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(out[token, head], logits.softmax(0) @ values, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("entries", "groups", "r", "d"), SHAPES)
 def test_importance_is_the_mean_probability_and_all_mass_is_accounted_for(entries, groups, r, d):
     k, v, slots = make_pool(entries, groups, d)

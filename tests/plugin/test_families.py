@@ -54,7 +54,8 @@ def test_a_verdict_has_its_words(family):
 
 def test_what_is_said_to_be_tried_is_a_tiny_model():
     tried = {family.name for family in FAMILIES if family.is_tried}
-    assert tried == {BY_CLASS[tiny.class_name].name for tiny in MODELS.values() if tiny.is_run}
+    run = [tiny for tiny in MODELS.values() if tiny.is_run]
+    assert tried == {(BY_CLASS.get(tiny.served_by) or BY_CLASS[tiny.class_name]).name for tiny in run}
 
 
 def model_of(tmp_path, config, architecture: str) -> ModelConfig:
@@ -84,7 +85,10 @@ def refused(model: ModelConfig) -> list[str]:
         ("GraniteMoeHybrid", dict(hidden_size=64, layer_types=["attention"] * 4), None),
         ("GraniteMoeHybrid", dict(hidden_size=64, layer_types=["mamba"] * 3 + ["attention"]), families.RECURRENT),
         ("Gemma2", dict(head_dim=12), families.CAPPED),
-        ("Gemma3Text", dict(head_dim=12), families.WINDOWS),
+        ("Gemma3Text", dict(head_dim=12), None),
+        ("Cohere2", dict(layer_types=["sliding_attention"] * 3 + ["full_attention"]), None),
+        ("Laguna", {}, families.WINDOWS),
+        ("GptOss", dict(head_dim=12), families.SINKS),
         ("Qwen3Next", {}, families.RECURRENT),
         ("FalconH1", {}, families.RECURRENT),
         ("Lfm2", {}, families.RECURRENT),
@@ -146,10 +150,24 @@ def test_a_served_class_or_none_is_no_reason_to_refuse(tmp_path):
         assert families.refused_in_file(str(tmp_path)) is None
 
 
-def test_windows_that_a_served_class_honors_are_refused(tmp_path):
-    config = transformers.Olmo3Config(**SIZES, layer_types=["sliding_attention"] * 3 + ["full_attention"])
-    (said,) = refused(model_of(tmp_path, config, "Olmo2ForCausalLM"))
-    assert said == f"model class Olmo2ForCausalLM: {families.WINDOWS}"
+@pytest.mark.parametrize(
+    ("name", "sizes", "window"),
+    [
+        ("Gemma3Text", dict(head_dim=12, sliding_window=512), 512),
+        ("Cohere2", dict(sliding_window=256), 257),  # as SGLang counts
+        ("Exaone4", dict(sliding_window=128, sliding_window_pattern=4), 128),
+        ("Exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 4), None),
+        ("Mistral", dict(sliding_window=256), None),  # whose class in SGLang ignores it
+        ("Olmo2", {}, None),
+    ],
+    ids=str,
+)
+def test_windows_are_known_before_the_weights(tmp_path, name, sizes, window):
+    architecture = f"{name.removesuffix('Text')}ForCausalLM"
+    model = model_of(tmp_path, getattr(transformers, f"{name}Config")(**SIZES | sizes), architecture)
+    assert families.longest_window(model) == window
+    said = f"a span keeps {(window or 1) - 1:,} entries at the least"
+    assert (said in families.verdict_on(model)) is (window is not None)
 
 
 @pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Glm4v", "Glm4vMoe"])

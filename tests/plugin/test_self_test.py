@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from metasoft_patches.cpu.attention import TorchRowsBackend
+from metasoft_patches.forward import probe
+from metasoft_patches.forward import self_test as self_test_module
 from metasoft_patches.forward.body import Body
 from metasoft_patches.forward.layers import read_layers
 from metasoft_patches.forward.model_shape import check_layers, check_pool
 from metasoft_patches.forward.probe import ProbeBackend
-from metasoft_patches.forward.self_test import TOKENS, SelfTest
+from metasoft_patches.forward.self_test import SelfTest
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -118,7 +120,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.pool = MHATokenToKVPool(512, 1, torch.float32, KV_HEADS, SIZE, LAYERS, "cpu", False)
-        self.req_to_token_pool = ReqToTokenPool(2, TOKENS, "cpu", False)
+        self.req_to_token_pool = ReqToTokenPool(2, 512, "cpu", False)
         self.allocator = SimpleNamespace(available_size=lambda: 512)
         self.taken = 0
 
@@ -173,7 +175,6 @@ def test_what_a_position_does_to_queries_is_seen(options, turnings):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"attention": {"sliding_window_size": 63}}, "the attention of attention layer 0 differs by"),
         ({"attention": {"logit_cap": 0.5}}, "the attention of attention layer 0 differs by"),
         ({"reads_ids": True}, "the hidden states after the last layer differ by"),
         ({"stride": 2}, "the queries of attention layer 0 differs by"),  # of positions, around the body
@@ -185,6 +186,22 @@ def test_who_computes_something_else_under_a_probe_is_refused_with_the_layer(opt
         ValueError, match=f"model class Decoder is not supported: under a probe {words} .* of (its|their) norm"
     ):
         self_test(Decoder(**options))
+
+
+@pytest.mark.parametrize("window", [2, 20, 64, 300])
+def test_a_probe_sees_the_same_window(window, monkeypatch):
+    """Shorter than the probe, or longer than a test without a window."""
+    model = Decoder(attention={"sliding_window_size": window - 1})
+    layers = self_test(model)
+    assert {(layer.kind, layer.window_tokens, layer.turning) for layer in layers} == {
+        (LayerKind.WINDOW, window, Turning.ROPE)
+    }
+    check_layers(model, layers, SHAPE, 1)
+    for other in (None, window + 1, window - 1 if window > 2 else window + 2):
+        monkeypatch.setattr(probe, "window_of", lambda layer, other=other: other)
+        monkeypatch.setattr(self_test_module, "TOLERANCE", {torch.float32: 1e-5})
+        with pytest.raises(ValueError, match="under a probe the attention of attention layer 0 differs by"):
+            self_test(model)
 
 
 def test_a_probe_refuses_what_it_is_not_told_about():
@@ -208,7 +225,6 @@ def test_a_factor_that_embeddings_do_not_get_is_found(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"attention": {"sliding_window_size": 63}}, "attention layer 0 sees a window of 64 tokens, as do 3 of its"),
         ({"attention": {"logit_cap": 30.0}}, "attention layer 0 caps its logits at 30"),
         ({"attention": {"attn_type": AttentionType.ENCODER_ONLY}}, "is not causal self-attention"),
         ({"attention": {"v_head_dim": 8}}, "has keys of size 16 and values of size 8"),

@@ -93,6 +93,11 @@ class Reference:
         hidden = hidden * torch.sigmoid(hidden)
         return torch.softmax(w["trust"] * own + w["neighbours"] * near + hidden @ w["out"], dim=0)
 
+    def sees_a_window(self, layer: int) -> bool:
+        """Whether only the last tokens matter there: transformers masks the others by their places in the cache."""
+        kinds = getattr(self.model.config, "layer_types", None)
+        return kinds is not None and kinds[layer] == "sliding_attention"
+
     @torch.no_grad()
     def directions(self, text_ids: list[int], position: int) -> list[torch.Tensor]:
         """For each layer [G, d]: u with q·u near 1, from the queries of a Llama before its rotary embedding."""
@@ -179,6 +184,18 @@ class Reference:
         for number, (attention, (all_keys, all_values)) in enumerate(zip(probe.attentions, cache.layers, strict=True)):
             keys, values = all_keys[:, before:end], all_values[:, before:end]
             groups, _, d = keys.shape
+            if self.sees_a_window(number):
+                last = list(range(span_tokens - kept_entries, span_tokens))
+                stays = torch.zeros(groups, span_tokens)
+                stays[:, last] = 1
+                result.importance.append(stays)
+                result.kept.append([last] * groups)
+                result.contested.append(torch.zeros(groups, kept_entries, dtype=torch.bool))
+                result.keys.append(keys[:, last])
+                result.values.append(values[:, last])
+                after.layers.append(tuple(torch.cat([x[:, :before], x[:, before + last[0] :]], dim=1)
+                                          for x in (all_keys, all_values)))  # fmt: skip
+                continue
             per_group = attention[0].reshape(groups, -1, count, attention.shape[-1]).mean(dim=(1, 2))
             mass = per_group[:, before:end]
             rank = torch.stack(

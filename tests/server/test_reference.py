@@ -62,7 +62,7 @@ def ask(served, ids: list[int], tenant: str, number: int = 1, **params) -> tuple
     return response, sorted(traces, key=lambda trace: trace["plan"][0].item())
 
 
-def assert_entries_equal(trace: dict, expected, plan: tuple) -> None:
+def assert_entries_equal(trace: dict, expected, plan: tuple, tolerance: float = ENTRY_TOLERANCE * 10) -> None:
     """The plan, which entries each head kept, but for near ties at the cut, and what became of them."""
     assert tuple(trace["plan"].tolist()) == plan
     *_, entries, sink, _ = plan
@@ -78,7 +78,7 @@ def assert_entries_equal(trace: dict, expected, plan: tuple) -> None:
                 assert abs(mass[entry].item() / cut - 1) < MASS_TOLERANCE, (layer, g, entry)
             swapped += len(set(ours) - set(theirs))
             if ours == theirs:  # other heads' entries follow other indices
-                close = dict(atol=ENTRY_TOLERANCE * 10, rtol=ENTRY_TOLERANCE)
+                close = dict(atol=tolerance, rtol=ENTRY_TOLERANCE)
                 sure = ~expected.contested[layer][g]
                 torch.testing.assert_close(trace["key"][layer, :, g], expected.keys[layer][g], **close)
                 torch.testing.assert_close(trace["value"][layer, sure, g], expected.values[layer][g][sure], **close)

@@ -61,6 +61,7 @@ class Compressor(SchedulerCompressor):
         self.committer = Committer(scheduler.tree_cache, adapter)
         self.page_size, self.metrics, self.namespaces = scheduler.page_size, None, Namespaces(adapter, "")
         self.matcher = PrefixMatcher(config, adapter, scheduler.tree_cache, self.namespaces)
+        self.sliding_window_tokens = None
         self.ranks, self.fence = Ranks.__new__(Ranks), LaunchFence(scheduler)
         self.ranks.size = 1
         self.fidelity = SimpleNamespace(wants=lambda rid: False)  # there is no model to ask

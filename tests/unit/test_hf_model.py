@@ -23,6 +23,16 @@ SIZES = dict(
     max_position_embeddings=2048, initializer_range=0.3, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 GROUPED = SIZES | dict(num_key_value_heads=2, head_dim=12)
+WINDOW_TOKENS = 90
+MIXED = GROUPED | dict(layer_types=["sliding_attention", "full_attention"], sliding_window=WINDOW_TOKENS)
+ALL_WINDOWS = dict(layer_types=["sliding_attention"] * 2, pad_token_id=0)
+CHUNKED = dict(layer_types=["full_attention", "chunked_attention"], num_local_experts=2, pad_token_id=0)
+WINDOWED = {
+    "Gemma3Text": MIXED | dict(query_pre_attn_scalar=12, pad_token_id=0),
+    "Cohere2": MIXED | dict(pad_token_id=0),
+    "Olmo3": MIXED | dict(pad_token_id=0),
+    "Exaone4": MIXED | dict(sliding_window_pattern="LG", pad_token_id=0),
+}
 MODELS = {
     "Llama": GROUPED,
     # Embeddings, attention and logits each have a factor of their own.
@@ -61,7 +71,9 @@ def folder(request, make_model):
     return make_model(request.param, **MODELS[request.param])
 
 
-def test_three_users_have_the_entries_and_logits_that_transformers_computes(folder, document_ids, tokenizer):
+@pytest.mark.parametrize("name", [*MODELS, *WINDOWED])
+def test_three_users_have_the_entries_and_logits_that_transformers_computes(name, make_model, document_ids, tokenizer):
+    folder = make_model(name, **(MODELS | WINDOWED)[name])
     prompt, later = document_ids[:PROMPT_TOKENS], document_ids[PROMPT_TOKENS : PROMPT_TOKENS + LATER_TOKENS]
     eager, cache = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"), DynamicCache()
     with torch.no_grad():
@@ -125,9 +137,11 @@ def test_gradients_reach_embeddings_and_never_weights(folder):
 @pytest.mark.parametrize(
     ("name", "sizes", "words"),
     [
-        ("Gemma2", GROUPED, "it has layers of kind .*sliding_attention"),
+        ("Gemma2", GROUPED, "layer 0 has softcap"),
+        ("Llama4Text", GROUPED | CHUNKED, "it has layers of kind .*chunked_attention"),
+        ("Olmo3", GROUPED | ALL_WINDOWS, "no layer sees all tokens, so that there is nothing to choose"),
         ("Gemma2", GROUPED | dict(layer_types=["full_attention"] * 2), "layer 0 has softcap"),
-        ("Mistral", GROUPED | dict(sliding_window=9), "layer 0 has sliding_window"),
+        ("Mistral", GROUPED | dict(sliding_window=9), "layer 0 has sliding_window 9, its configuration says None"),
         (
             "GptOss",
             GROUPED | dict(layer_types=["full_attention"] * 2, num_local_experts=2, num_experts_per_tok=1),
@@ -185,6 +199,10 @@ def test_near_the_longest_text_the_probe_slides_back(make_model, document_ids):
         ("SmolLM3", dict(no_rope_layers=[1, 0], pad_token_id=0), "rn", True),
         ("Ministral3", dict(head_dim=12, rope_parameters=YARN, max_position_embeddings=4096), "oo", None),
         ("Phi3", dict(rope_parameters=LONG_ROPE, max_position_embeddings=4096, pad_token_id=0), "rr", True),
+        ("Gemma3Text", WINDOWED["Gemma3Text"], "rr", True),
+        ("Cohere2", WINDOWED["Cohere2"], "rn", False),
+        ("Olmo3", WINDOWED["Olmo3"], "rr", True),
+        ("Exaone4", WINDOWED["Exaone4"], "rn", True),
         ("GPT2", {}, "oo", None),  # a table of positions is added to the embeddings
     ],
 )

@@ -10,7 +10,7 @@ from sglang_metasoft.types import Bypass, Plan
 
 
 def plan(tokens, page=1, options=None, **settings):
-    names = ("whole_tokens", "compressed_tokens", "compressed_slots", "boundary_tokens")
+    names = ("whole_tokens", "compressed_tokens", "compressed_slots", "boundary_tokens", "sliding_window_tokens")
     prefix = {name: settings.pop(name) for name in names if name in settings}
     return plan_span(MetaSoftConfig(**settings), prompt_tokens=tokens, page_size=page, options=options, **prefix)
 
@@ -188,3 +188,57 @@ def test_a_raw_prefix_counts_until_it_is_compressed():
     result = chunked_footprint(config, prompt_tokens=4096, chunk_tokens=256, page_size=16, raw_tokens=2048)
     assert 2304 * 1.2 < result.peak_slots <= 2304 * 1.25 + 16
     assert result.final_slots <= 4096 / 4 + 64 + 128 + 48
+
+
+WINDOWED = list(itertools.product([2, 512, 1024, 4096], [1, 16, 64], [{"ratio": 1.5}, {"ratio": 100}, {"budget": 90}]))
+
+
+@pytest.mark.parametrize(("window", "page", "options"), WINDOWED, ids=str)
+@pytest.mark.parametrize("tokens", [700, 2200, 20_000])
+def test_a_span_leaves_a_whole_window_for_what_follows_it(tokens, window, page, options):
+    found = plan(tokens, page, sliding_window_tokens=window, options=options)
+    plain = plan(tokens, page, options=options)
+    if not isinstance(found, Plan):
+        assert found is Bypass.SLIDING_WINDOW and plain.span_tokens < 2 * (window - 1)
+        return
+    assert found.kept_slots >= window - 1 and found.span_tokens >= 2 * (window - 1)
+    least = -(-(window - 1) // page) * page
+    assert found == plain._replace(kept_slots=max(plain.kept_slots, least))
+
+
+def test_a_window_is_no_reason_where_all_is_kept_or_too_little_is_there():
+    assert plan(2000, ratio=1, sliding_window_tokens=4096) == plan(2000, ratio=1)
+    assert plan(575, sliding_window_tokens=4096) is Bypass.TOO_SHORT
+    assert plan(576, sliding_window_tokens=4096) is Bypass.SLIDING_WINDOW
+    assert plan(64 + 2046, sliding_window_tokens=1024).kept_slots == 1023
+    assert plan(64 + 2045, sliding_window_tokens=1024) is Bypass.SLIDING_WINDOW
+
+
+def test_a_boundary_of_less_than_two_windows_is_none():
+    """The document and its question become one span; else nothing of them would be compressed."""
+    found = plan(9000, boundary_tokens=1500, sliding_window_tokens=1024)
+    assert found == plan(9000, sliding_window_tokens=1024) and not found.ends_at_boundary
+    found = plan(9000, boundary_tokens=3000, sliding_window_tokens=1024)
+    assert found == Plan(0, 3000, 1023, 4, ends_at_boundary=True)
+
+
+@pytest.mark.parametrize("page", [1, 16])
+@pytest.mark.parametrize("chunk", [512, 2048, 8192])
+@pytest.mark.parametrize("window", [None, 1024, 4096])
+def test_chunks_hold_what_the_ratio_says_whatever_the_window(window, chunk, page):
+    """A span of a chunk waits for further ones until the ratio itself leaves a window of entries."""
+    config, tokens, compressed, held = MetaSoftConfig(during_prefill=True), 60_000, 0, 0
+    lengths = dict(chunk_tokens=chunk, page_size=page, sliding_window_tokens=window)
+    footprint = chunked_footprint(config, prompt_tokens=tokens, **lengths)
+    for computed in [*range(chunk, tokens, chunk), tokens]:
+        span = plan_span(
+            config, prompt_tokens=computed, page_size=page, whole_tokens=tokens, compressed_tokens=compressed,
+            compressed_slots=held, sliding_window_tokens=window,
+        )  # fmt: skip
+        if isinstance(span, Plan):
+            assert span.kept_slots >= (window or 1) - 1
+            compressed, held = compressed + span.span_tokens, held + span.kept_slots
+    assert footprint.final_slots == held + tokens - compressed
+    rest = 0 if window is None else 2 * window + max(0, 4096 + 64 - tokens % chunk)
+    assert footprint.final_slots <= tokens / 4 + rest + 80 * page
+    assert footprint.peak_slots <= tokens / 4 + 5 * (window or 1) + 2 * chunk + 80 * page

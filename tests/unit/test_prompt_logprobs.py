@@ -32,7 +32,7 @@ def published_settings():
 def make_hooks(config: MetaSoftConfig) -> SchedulerHooks:
     """Those of a server whose weights fit."""
     hooks = SchedulerHooks(config, adapter=None)
-    hooks.compressor = SimpleNamespace(stages=SimpleNamespace(unfit=None, is_stale=False))
+    hooks.compressor = SimpleNamespace(stages=SimpleNamespace(unfit=None, is_stale=False), sliding_window_tokens=None)
     return hooks
 
 

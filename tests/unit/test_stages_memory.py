@@ -15,13 +15,14 @@ from sglang_metasoft.pipeline.memory import WORKSPACE_BYTES
 from sglang_metasoft.types import Job, ModelShape, Plan, Probe
 
 
-def make_runner(device: str = "cuda", attend=print) -> ProbeRunner:
+def make_runner(device: str = "cuda", attend=print, before_tokens=(-1,)) -> ProbeRunner:
     runner = ProbeRunner.__new__(ProbeRunner)
     runner.shape, runner.size = ModelShape("Llama-3.1-8B", 1, 4096, 32, 32, 8, 128), 1
     runner.kernels = Kernels(attend, "", WORKSPACE_BYTES if attend else 0)
     runner.device, runner.method = torch.device(device), None
-    layer = SimpleNamespace(layer_id=0, tp_q_head_num=32, scaling=0.1, k_scale_float=None, v_scale_float=None)
-    runner.runner = SimpleNamespace(model=[layer], dtype=torch.bfloat16)
+    common = dict(layer_id=0, tp_q_head_num=32, scaling=0.1, k_scale_float=None, v_scale_float=None)
+    layers = [SimpleNamespace(sliding_window_size=before, **common) for before in before_tokens]
+    runner.runner = SimpleNamespace(model=layers, dtype=torch.bfloat16)
     pool = SimpleNamespace(get_key_buffer=lambda layer: "keys", get_value_buffer=lambda layer: "values")
     runner.committer = SimpleNamespace(req_to_token_pool=None, pool=pool)
     return runner
@@ -49,6 +50,17 @@ def test_prompts_share_a_probe_as_long_as_the_workspace_holds_them():
 def test_the_start_up_line_names_the_memory():
     assert make_runner().memory == "workspace at most 64 MiB and 128 bytes a token"
     assert make_runner(attend=None).memory == "workspace not bounded"
+
+
+def test_layers_of_each_window_are_warmed_up(monkeypatch, caplog):
+    """Models may begin with one, and have the others only later."""
+    asked = []
+    for user in (module, probe):
+        monkeypatch.setattr(user, "attention_modules", lambda model: model)
+    monkeypatch.setattr(module, "warm_up", lambda *args: asked.append(args[2].window_tokens) or 1.5)
+    with caplog.at_level("INFO"):
+        make_runner(before_tokens=(511, 511, -1, 511, -1)).warm_up()
+    assert sorted(asked, key=str) == [512, None] and "workspace taken in 3.0 s" in caplog.text
 
 
 @pytest.mark.parametrize(("device", "attend", "warms_up"), [("cuda", print, 1), ("cpu", print, 0), ("cuda", None, 0)])

@@ -20,11 +20,13 @@ def attend(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     kernels: str = "auto",
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`metasoft_kernels.probe.naive.attend`, or its fused equal; ``kernels`` as in :mod:`.backend`."""
     if not uses_triton(kernels, k_buffer.device, k_buffer.dtype):
-        return naive.attend(q, k_buffer, v_buffer, slots, k_new, v_new, scale, k_scale, v_scale)
+        return naive.attend(q, k_buffer, v_buffer, slots, k_new, v_new, scale, k_scale, v_scale, window)
+    slots = slots[naive.first_seen(slots.numel(), window) :]
     probe, context = single(q.device, q.shape[0], slots.numel())
     return fused.attend(
-        q.contiguous(), k_buffer, v_buffer, slots, k_new, v_new, probe, context, scale, k_scale, v_scale
+        q.contiguous(), k_buffer, v_buffer, slots, k_new, v_new, probe, context, scale, k_scale, v_scale, window
     )

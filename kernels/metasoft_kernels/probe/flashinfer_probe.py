@@ -1,4 +1,4 @@
-"""Probe attention over the prompt by FlashInfer, the probe's own tokens by our kernel.
+"""Probe attention over the prompt by FlashInfer, the probe's own tokens by our kernel; all of it in layers of a window.
 
 Planned once per batch: the plan depends on lengths and slots, which are the same in all layers. FlashInfer writes a
 plan into page-locked memory of the wrapper and queues its copy to the device, here behind the prefill that is probed:
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from metasoft_kernels.probe import fused
 from metasoft_kernels.probe.fused import merge_with_self
 from metasoft_kernels.probe.ring import Ring
 from metasoft_kernels.ragged import Ragged, ragged
@@ -72,8 +73,15 @@ class FlashInferProbe:
         scale: float,
         k_scale: float = 1.0,
         v_scale: float = 1.0,
+        window: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As :func:`metasoft_kernels.probe.fused.attend`; scales are 1 for the types that are allowed."""
+        if window is not None:
+            # FlashInfer takes the queries for the last of the keys, so that its window would have to differ with a
+            # probe's length; and there is little to read in a window.
+            return fused.attend(
+                q, k_buffer, v_buffer, slots, k_new, v_new, probe, context, scale, k_scale, v_scale, window
+            )
         if self.planned is None or self.planned[0] is not slots or self.planned[1] != scale:
             self._plan(slots, probe, context, scale)
         pages = (k_buffer.unsqueeze(1), v_buffer.unsqueeze(1))  # a page of one slot fits any page size

@@ -32,13 +32,14 @@ def attend(
     scale: float,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`metasoft_kernels.probe.naive.attend` for all requests at once.
 
     Args:
         q: ``[sum t, H, d]``; k_new, v_new: ``[sum t, G, d]``.
         k_buffer, v_buffer: ``[slots, G, d]`` one layer of the pool.
-        slots: ``[sum C]`` what each request's probe sees.
+        slots: ``[sum C]`` what each request's probe sees; in a window its last entries are enough.
         probe, context: the requests' rows in ``q`` and in ``slots``.
 
     Returns:
@@ -49,8 +50,9 @@ def attend(
     parts, part_tokens = _cut(context.lengths, blocks * groups)
     scratch = _scratch(q, parts)
     launch_parts(
-        scratch, q, k_buffer, v_buffer, slots, k_new, v_new, probe, context, scale, k_scale, v_scale, parts, part_tokens
-    )
+        scratch, q, k_buffer, v_buffer, slots, k_new, v_new, probe, context, scale, k_scale, v_scale, parts,
+        part_tokens, window,
+    )  # fmt: skip
     return merge_parts(q, scratch, probe, context.starts, part_tokens)
 
 
@@ -116,8 +118,9 @@ def _scratch(q: torch.Tensor, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def launch_parts(
-    scratch, q, k_buffer, v_buffer, slots, k_new, v_new, probe, context, scale, k_scale, v_scale, parts, part_tokens
-) -> None:
+    scratch, q, k_buffer, v_buffer, slots, k_new, v_new, probe, context, scale, k_scale, v_scale, parts, part_tokens,
+    window=None,
+) -> None:  # fmt: skip
     """Fill the first ``parts`` parts of the scratch memory from the pool, and the last from the probe's own tokens."""
     heads, d = q.shape[1:]
     groups = k_buffer.shape[1]
@@ -128,9 +131,10 @@ def launch_parts(
     _attend_part[(blocks * (parts + 1), groups, probe.num_requests)](
         q, k_buffer, v_buffer, slots, k_new, v_new, out, lse, probe.starts, context.starts, q.stride(0),
         k_buffer.stride(0), v_buffer.stride(0), k_new.stride(0), v_new.stride(0), out.stride(0), lse.stride(0), parts,
-        out.shape[0] - 1, part_tokens, scale, k_scale, v_scale, HEADS=heads, R=heads // groups, D=d, BLOCK_M=block_rows,
-        BLOCK_N=block_entries, BLOCK_D=padded(d), OPERAND=operand_type(q.dtype), PRECISION=PRECISION,
-        num_warps=8 if block_rows * padded(d) > 8192 else 4, num_stages=2,
+        out.shape[0] - 1, part_tokens, scale, k_scale, v_scale, window or 0, HEADS=heads, R=heads // groups, D=d,
+        BLOCK_M=block_rows, BLOCK_N=block_entries, BLOCK_D=padded(d), OPERAND=operand_type(q.dtype),
+        PRECISION=PRECISION, HAS_WINDOW=window is not None, num_warps=8 if block_rows * padded(d) > 8192 else 4,
+        num_stages=2,
     )  # fmt: skip
 
 
@@ -147,12 +151,12 @@ def merge_parts(q, scratch, probe, context_starts, part_tokens) -> tuple[torch.T
     return out, lse
 
 
-@triton.jit(do_not_specialize=["parts", "own_part", "lse_stride"])
+@triton.jit(do_not_specialize=["parts", "own_part", "lse_stride", "window"])
 def _attend_part(
     q, k, v, slots, k_new, v_new, part_out, part_lse, probe_starts, context_starts, q_stride, k_stride, v_stride,
     k_new_stride, v_new_stride, out_stride, lse_stride, parts, own_part, part_tokens, scale, k_scale, v_scale,
-    HEADS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    window, HEADS: tl.constexpr, R: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     part, block = tl.program_id(0) % (parts + 1), tl.program_id(0) // (parts + 1)
     group, job = tl.program_id(1), tl.program_id(2)
@@ -184,7 +188,11 @@ def _attend_part(
                 keys = tl.load(k_new + where * k_new_stride + offset, mask=mask, other=0.0).to(OPERAND)
                 values = tl.load(v_new + where * v_new_stride + offset, mask=mask, other=0.0).to(OPERAND)
                 seen = (entry[None, :] <= token[:, None]) & (entry < tokens)[None, :]
-                top, total, acc = _step(queries, keys, values, seen, scale, top, total, acc, OPERAND, PRECISION)
+                if HAS_WINDOW:
+                    seen &= entry[None, :] > token[:, None] - window
+                top, total, acc = _step(
+                    queries, keys, values, seen, scale, top, total, acc, OPERAND, PRECISION, HAS_WINDOW
+                )
         else:
             end = tl.minimum(context, (part + 1) * part_tokens)
             for first in range(part * part_tokens, end, BLOCK_N):
@@ -195,10 +203,14 @@ def _attend_part(
                 keys = tl.load(k + slot * k_stride + offset, mask=mask, other=0.0).to(OPERAND)
                 values = tl.load(v + slot * v_stride + offset, mask=mask, other=0.0).to(OPERAND)
                 seen = (entry < end)[None, :] & (row >= 0)[:, None]
+                if HAS_WINDOW:
+                    seen &= entry[None, :] > context + token[:, None] - window
                 top, total, acc = _step(
-                    queries, keys, values, seen, scale * k_scale, top, total, acc, OPERAND, PRECISION
+                    queries, keys, values, seen, scale * k_scale, top, total, acc, OPERAND, PRECISION, HAS_WINDOW
                 )
             acc *= v_scale
+        if HAS_WINDOW:  # of this part a row may see nothing: its log-sum-exp stays minus infinity
+            total = tl.where(total > 0, total, 1.0)
         stored = tl.where(is_own, own_part, part).to(tl.int64)
         out = acc / total[:, None]
         tl.store(
@@ -240,18 +252,24 @@ def _attend_own(
             keys = tl.load(k_new + where * k_stride + offset, mask=own, other=0.0).to(OPERAND)
             values = tl.load(v_new + where * v_stride + offset, mask=own, other=0.0).to(OPERAND)
             seen = (entry[None, :] <= token[:, None]) & (entry < tokens)[None, :]
-            top, total, acc = _step(queries, keys, values, seen, scale, top, total, acc, OPERAND, PRECISION)
+            top, total, acc = _step(queries, keys, values, seen, scale, top, total, acc, OPERAND, PRECISION, False)
         tl.store(whole + cell, acc / total[:, None], mask=mask)
         tl.store(whole_lse + at, top + tl.log(total), mask=inside)
 
 
 @triton.jit
-def _step(queries, keys, values, seen, scale, top, total, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+def _step(
+    queries, keys, values, seen, scale, top, total, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
     logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     logits = tl.where(seen, logits, float("-inf"))
     new_top = tl.maximum(top, tl.max(logits, 1))
-    decay = tl.exp(top - new_top)
-    mass = tl.exp(logits - new_top[:, None])
+    base = new_top
+    if HAS_WINDOW:  # a row that has seen nothing yet
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    decay = tl.exp(top - base)
+    mass = tl.exp(logits - base[:, None])
     total = total * decay + tl.sum(mass, 1)
     acc = tl.dot(mass.to(OPERAND), values, acc * decay[:, None], input_precision=PRECISION)
     return new_top, total, acc

@@ -16,7 +16,13 @@ class RequestState:
     are replaced by a prefix of virtual ids; only the radix tree and the scheduler's bookkeeping ever see those.
     """
 
-    def __init__(self, req, options: dict) -> None:
+    def __init__(self, req, options: dict, sliding_window_tokens: int | None = None) -> None:
+        """
+        Args:
+            options: its own settings.
+            sliding_window_tokens: of the served model, as :func:`sglang_metasoft.pipeline.plan.plan_span` takes them.
+        """
+        self.sliding_window_tokens = sliding_window_tokens
         self.named_boundary: int | None = options.get("boundary")
         self.options = {name: value for name, value in options.items() if name != "boundary"}
         self.bypasses: dict[BypassLifetime, Bypass] = {}
@@ -147,6 +153,7 @@ class RequestState:
             **self.compressed_lengths,
             boundary_tokens=self.boundary_tokens,
             end_limit_tokens=self.end_limit_tokens,
+            sliding_window_tokens=self.sliding_window_tokens,
             options=self.options,
         )
         if isinstance(plan, Plan):

@@ -36,6 +36,7 @@ class Server(NamedTuple):
     config: MetaSoftConfig
     tp_size: int
     page_size: int
+    sliding_window_tokens: int | None
     kv_cache_dtype: str
     memory_fraction: float | None
     max_total_tokens: int | None
@@ -109,6 +110,7 @@ def server(model_path: str, flags: list[str]) -> tuple[list[Check], Server | Non
         config=args._metasoft,
         tp_size=settings.tp_size,
         page_size=settings.page_size or 1,
+        sliding_window_tokens=families.longest_window(model_config),
         kv_cache_dtype=str(settings.kv_cache_dtype),
         memory_fraction=settings.mem_fraction_static,
         max_total_tokens=settings.max_total_tokens,
@@ -145,13 +147,20 @@ def _resolve(argv: list[str]):
 
 def estimate(args: argparse.Namespace, shape: ModelShape, server: Server | None) -> dict:
     """How many of the described requests fit, plainly and at each ratio; see ``docs/doctor.md`` for the fields."""
-    server = server or Server(MetaSoftConfig(), 1, 1, "auto", None, None)
+    server = server or Server(MetaSoftConfig(), 1, 1, None, "auto", None, None)
     rank = shape._replace(num_kv_heads=-(-shape.num_kv_heads // server.tp_size))
     entry_bytes = kv_bytes_per_entry(rank, _kv_dtype(args.model_path, server.kv_cache_dtype))
     pool_tokens, source = _pool(args, server, entry_bytes)
     lengths = dict(pool_tokens=pool_tokens, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens)
     fits = [
-        fit_compressed(server.config, ratio, **lengths, chunk_tokens=args.chunk_tokens, page_size=server.page_size)
+        fit_compressed(
+            server.config,
+            ratio,
+            **lengths,
+            chunk_tokens=args.chunk_tokens,
+            page_size=server.page_size,
+            sliding_window_tokens=server.sliding_window_tokens,
+        )  # fmt: skip
         for ratio in args.ratios
     ]
     return {

@@ -119,13 +119,17 @@ def _holds_all_layers(module: torch.nn.Module, model: torch.nn.Module) -> bool:
 
 
 def _tables(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """Embedding tables of the vocabulary that are the module's own, not those of modules inside of it."""
-    found = []
+    """Embedding tables of the vocabulary that are the module's own, not those of modules inside of it.
+
+    SGLang's own kind; without one, torch's, which is a table of positions otherwise.
+    """
+    found: dict[type, list[torch.nn.Module]] = {VocabParallelEmbedding: [], torch.nn.Embedding: []}
     for child in module.children():
         base = child.base_layer if isinstance(child, BaseLayerWithLoRA) else child
-        if isinstance(base, VocabParallelEmbedding) and not isinstance(base, ParallelLMHead):
-            found.append(child)
-    return found
+        for kind, tables in found.items():
+            if isinstance(base, kind) and not isinstance(base, ParallelLMHead):
+                tables.append(child)
+    return found[VocabParallelEmbedding] or found[torch.nn.Embedding]
 
 
 def _head_around(body: torch.nn.Module, model: torch.nn.Module) -> torch.nn.Module:

@@ -70,7 +70,7 @@ class FidelitySampler:
             rows = [
                 attend(
                     q[i : i + 1], pool.key, pool.value, job.context_slots, k[i : i + 1], v[i : i + 1], pool.scale,
-                    pool.key_scale, pool.value_scale, self.kernels,
+                    pool.key_scale, pool.value_scale, self.kernels, pool.window_tokens,
                 )[0]
                 for i, job in enumerate(jobs)
             ]  # fmt: skip

@@ -16,9 +16,8 @@ def read_layers(model: torch.nn.Module) -> list[AttentionLayer]:
 
 
 def _read_layer(layer: RadixAttention, owner: torch.nn.Module) -> AttentionLayer:
-    kind, window = LayerKind.FULL, None
-    if layer.sliding_window_size > 0:
-        kind, window = LayerKind.WINDOW, layer.sliding_window_size + 1  # SGLang counts those before the token itself
+    window = window_of(layer)
+    kind = LayerKind.FULL if window is None else LayerKind.WINDOW
     if layer.attn_type != AttentionType.DECODER or layer.is_cross_attention or layer.xai_temperature_len > 0:
         kind = LayerKind.OTHER
     return AttentionLayer(
@@ -33,8 +32,13 @@ def _read_layer(layer: RadixAttention, owner: torch.nn.Module) -> AttentionLayer
     )
 
 
-def find_ropes(model: torch.nn.Module) -> list[Rope]:
-    """The rotary embeddings of a model's layers, each once."""
+def window_of(layer: RadixAttention) -> int | None:
+    """Tokens that one of the layer sees, itself included; None: all before it. SGLang counts those before it."""
+    return layer.sliding_window_size + 1 if layer.sliding_window_size > 0 else None
+
+
+def find_ropes(model: torch.nn.Module, positions: int) -> list[Rope]:
+    """The rotary embeddings of a model's layers, each once; what has no table gets one of so many positions."""
     found: list[Rope] = []
     for module in {id(module): module for module in model.modules()}.values():
         if isinstance(getattr(module, "cos_sin_cache", None), torch.Tensor) and hasattr(module, "is_neox_style"):
@@ -43,4 +47,8 @@ def find_ropes(model: torch.nn.Module) -> list[Rope]:
             # Up to the end of the short table a prompt is turned by that one, beyond by the other.
             short, long = module.short_cos_sin_cache, module.long_cos_sin_cache
             found.append(Rope(torch.cat([short, long[len(short) :]]), True))
+        elif isinstance(frequencies := getattr(module, "inv_freq", None), torch.Tensor) and frequencies.dim() == 1:
+            angles = torch.arange(positions, device=frequencies.device)[:, None] * frequencies.float()
+            table = torch.cat([angles.cos(), angles.sin()], -1) * getattr(module, "attention_scaling", 1.0)
+            found.append(Rope(table, True))
     return [rope for rope in found if rope.cos_sin.dim() == 2]

@@ -15,6 +15,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from metasoft_patches.adapter import Adapter
 from metasoft_patches.forward import lora
 from metasoft_patches.forward.body import Body, attention_modules
+from metasoft_patches.forward.layers import window_of
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.types import Job, LayerPool
 
@@ -47,6 +48,7 @@ class ProbeBackend(AttentionBackend):
             scale=layer.scaling,
             key_scale=layer.k_scale_float or 1.0,
             value_scale=layer.v_scale_float or 1.0,
+            window_tokens=window_of(layer),
         )
 
     def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs):

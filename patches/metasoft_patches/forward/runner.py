@@ -89,12 +89,14 @@ class ProbeRunner:
         """
         if self.device.type != "cuda" or self.kernels.attend is None:
             return
-        layer = next(iter(attention_modules(self.runner.model)))
+        layers = attention_modules(self.runner.model)
         pools = self.committer.req_to_token_pool, self.committer.pool
         backend = ProbeBackend(self.runner.model, *pools, [], lambda *args: args[2])
+        kinds = {pool.window_tokens: pool for pool in map(backend.layer_pool, layers)}
         try:
-            seconds = warm_up(
-                self.method, self.kernels.attend, backend.layer_pool(layer), layer.tp_q_head_num, self.runner.dtype
+            seconds = sum(
+                warm_up(self.method, self.kernels.attend, pool, layers[0].tp_q_head_num, self.runner.dtype)
+                for pool in kinds.values()
             )
         except Exception as error:
             logger.error("MetaSoft: the kernels could not be compiled before the first prompt", exc_info=error)

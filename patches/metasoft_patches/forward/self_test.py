@@ -26,7 +26,7 @@ from sglang_metasoft.types import AttentionLayer, Job, Plan, Probe, Turning
 
 logger = logging.getLogger(__name__)
 
-TOKENS, PROBED_TOKENS = 256, 32  # in all, and of them the last ones, which run twice
+TOKENS, PROBED_TOKENS = 256, 32  # in all, at least, and of them the last ones, which run twice
 # Largest difference of two computations, of the norm, by the type of the KV pool: entries are rounded to it.
 TOLERANCE = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 QUANTIZED_TOLERANCE = 2.5e-1  # of a pool of 8 bits
@@ -60,7 +60,9 @@ class SelfTest:
         self.body, self.layers, self.kernels = body, layers, kernels
         config = self.runner.model_config
         page = scheduler.page_size
-        self.tokens = min(TOKENS, config.context_len, self.committer.allocator.available_size()) // page * page
+        window = max((layer.window_tokens or 0 for layer in layers), default=0)
+        wanted = max(TOKENS, window + 2 * PROBED_TOKENS)  # so many that a window has an effect
+        self.tokens = min(wanted, config.context_len, self.committer.allocator.available_size()) // page * page
         self.probed = min(PROBED_TOKENS, self.tokens // 2)
         generator = torch.Generator().manual_seed(SEED)
         ids = torch.randint(config.vocab_size, (self.tokens,), generator=generator)
@@ -124,8 +126,9 @@ class SelfTest:
 
         def on_layer(number, layer, q, k, v, pool):
             return attend(
-                q, pool.key, pool.value, context, k, v, pool.scale, pool.key_scale, pool.value_scale, self.kernels
-            )[0]
+                q, pool.key, pool.value, context, k, v, pool.scale, pool.key_scale, pool.value_scale, self.kernels,
+                pool.window_tokens,
+            )[0]  # fmt: skip
 
         with Recording(self.runner.model, self.probed) as record:
             hidden = self._probe(job, on_layer)
@@ -159,8 +162,9 @@ class SelfTest:
 
     def _see_positions(self) -> list[AttentionLayer]:
         """Queries of the same hidden states at the first positions and at the last."""
-        ropes = find_ropes(self.body.module)
-        longest = min([self.runner.model_config.context_len, *(len(rope.cos_sin) for rope in ropes)])
+        context_tokens = self.runner.model_config.context_len
+        ropes = find_ropes(self.body.module, context_tokens)
+        longest = min([context_tokens, *(len(rope.cos_sin) for rope in ropes)])
         first_far = longest - self.probed
         with torch.no_grad():
             embeds = self.body.table(self.ids[-self.probed :])
@@ -171,7 +175,7 @@ class SelfTest:
 
         def on_layer(number, layer, q, k, v, pool):
             near.append(q.clone())
-            outputs.append(attend(q, pool.key, pool.value, nowhere, k, v, pool.scale)[0])
+            outputs.append(attend(q, pool.key, pool.value, nowhere, k, v, pool.scale, window=pool.window_tokens)[0])
             return outputs[-1]
 
         def on_layer_far(number, layer, q, k, v, pool):
@@ -180,7 +184,7 @@ class SelfTest:
 
         for first, answer in ((0, on_layer), (first_far, on_layer_far)):
             self._probe(Job(Plan(0, 0, 0, 0), Probe(embeds, 0, first), nowhere, nowhere, nowhere), answer)
-        ropes = find_ropes(self.body.module)  # after a run, which may have moved a table to another type
+        ropes = find_ropes(self.body.module, context_tokens)  # a run may have moved a table to another type
         found = [find_turning(*pair, first_far, ropes) for pair in zip(near, far, strict=True)]
         return [layer._replace(turning=kind, rope=rope) for layer, (kind, rope) in zip(self.layers, found, strict=True)]
 

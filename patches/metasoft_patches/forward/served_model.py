@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from metasoft_kernels.probe import attend
 from sglang.srt.runtime_context import get_parallel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -67,6 +68,8 @@ class SGLangModel:
 
         def collect(number, layer, q, k, v, pool):
             found.append(q.clone())
+            if pool.window_tokens is not None:
+                return attend(q, pool.key, pool.value, nowhere, k, v, pool.scale, window=pool.window_tokens)[0]
             q_heads, k_heads, v_heads = (x.float().transpose(0, 1).unsqueeze(0) for x in (q, k, v))
             out = scaled_dot_product_attention(
                 q_heads, k_heads, v_heads, is_causal=True, scale=pool.scale, enable_gqa=True

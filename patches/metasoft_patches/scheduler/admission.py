@@ -76,6 +76,7 @@ class Admission:
             raw_tokens=max(prefix_slots - state.compressed_slots, 0),
             boundary_tokens=state.boundary_tokens,
             end_limit_tokens=state.end_limit_tokens,
+            sliding_window_tokens=state.sliding_window_tokens,
             options=state.options,
         )
 

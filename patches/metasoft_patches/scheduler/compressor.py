@@ -21,7 +21,7 @@ from metasoft_patches.scheduler.matching import PrefixMatcher
 from metasoft_patches.scheduler.ranks import InStepFault, Outcome, Ranks
 from metasoft_patches.transfer import to_device
 from sglang_metasoft.config import MetaSoftConfig, settings_of, shown
-from sglang_metasoft.types import Bypass, BypassLifetime, Plan
+from sglang_metasoft.types import Bypass, BypassLifetime, Plan, longest_window
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class SchedulerCompressor:
         self.page_size = scheduler.page_size
         self.shape = model_shape(scheduler.model_config)
         model = examine(scheduler, adapter, self.committer, self.shape, config.kernels)
+        self.sliding_window_tokens = longest_window(model.layers)
         reporter = scheduler.metrics_reporter
         has_metrics = reporter.current_scheduler_metrics_enabled
         self.metrics = Metrics(reporter.metrics_collector.labels) if has_metrics else None

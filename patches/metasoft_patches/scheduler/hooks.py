@@ -42,7 +42,8 @@ class SchedulerHooks:
 
     def request_made(self, req, scheduler, recv_req, *args, **kwargs) -> None:
         """A request has arrived; nothing of it is checked yet."""
-        state = req.metasoft = RequestState(req, RequestOptions.parse(req.sampling_params.custom_params))
+        options = RequestOptions.parse(req.sampling_params.custom_params)
+        state = req.metasoft = RequestState(req, options, self.compressor.sliding_window_tokens)
         prompt_tokens = len(req.origin_input_ids)
         vocab_size = scheduler.model_config.vocab_size
         ids = np.frombuffer(req.origin_input_ids, dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Model classes that tests hand to SGLang from outside (`SGLANG_EXTERNAL_MODEL_PACKAGE`)."""

@@ -5,12 +5,17 @@ import contextlib
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from metasoft_patches.cache.radix import PrefixPolicy
+from metasoft_patches.cache.request import RequestState
 
 NEVER = (1 << 31) - 1  # hits after which a node is copied to the host
 
 
 class RadixCache(PrefixPolicy, UnifiedRadixCache):
     """SGLang's radix cache; what is inserted, and how durably, is the policy's."""
+
+    # SGLang's.
+    write_through_threshold: int
+    load_back_threshold: int
 
     def checkpoint(self, req, *, up_to: int, **kwargs) -> None:
         self.publish(req, up_to=up_to, **kwargs)
@@ -24,7 +29,8 @@ class RadixCache(PrefixPolicy, UnifiedRadixCache):
 
     @contextlib.contextmanager
     def kept_off_host(self):
-        kept, self.write_through_threshold = self.write_through_threshold, NEVER
+        kept = self.write_through_threshold
+        self.write_through_threshold = NEVER
         try:
             yield
         finally:
@@ -36,12 +42,12 @@ class RadixCache(PrefixPolicy, UnifiedRadixCache):
         SGLang computes what it does not load. Virtual tokens cannot be computed: then None, as which the request stays
         in the queue, and its next match passes over the host.
         """
-        state, prefix_slots = getattr(params.req, "metasoft", None), params.req.prefix_len
-        lacking_slots = state.compressed_slots - prefix_slots if state is not None else 0
-        if lacking_slots <= 0:
+        state: RequestState | None = getattr(params.req, "metasoft", None)
+        lacking_slots = state.compressed_slots - params.req.prefix_len if state is not None else 0
+        if state is None or lacking_slots <= 0:
             return super().init_load_back(params)
-        # However few they are.
-        kept, self.load_back_threshold = self.load_back_threshold, 1
+        kept = self.load_back_threshold
+        self.load_back_threshold = 1  # loaded however few they are
         try:
             loaded = super().init_load_back(params)
         finally:

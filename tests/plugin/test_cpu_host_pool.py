@@ -11,7 +11,7 @@ if version("sglang") == "0.5.17":
 import sglang.srt.plugins  # noqa: E402, F401  (as a server does, first)
 from metasoft_patches.cpu.host_pool import allow_host_pool  # noqa: E402
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool  # noqa: E402
-from sglang.srt.mem_cache.pool_host import base, mha  # noqa: E402
+from sglang.srt.mem_cache.pool_host import mha  # noqa: E402
 
 LAYERS, HEADS, SIZE, SLOTS = 3, 2, 8, 256
 # Layout, I/O backend: where the host buffer has the entry of a layer and a slot.
@@ -24,18 +24,11 @@ PLACES = {
 }
 
 
-@pytest.fixture
-def ample_memory(monkeypatch):
-    """SGLang keeps 10 GB of the machine's memory free, which this test has no need of."""
-    monkeypatch.setattr(base, "HICACHE_HOST_MEMORY_RESERVE_BYTES", 0)
-    monkeypatch.setattr(mha, "transfer_kv_direct", None, raising=False)
-    allow_host_pool()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("page", [1, 16])
 @pytest.mark.parametrize(("layout", "backend"), PLACES, ids=["-".join(key) for key in PLACES])
-def test_entries_go_to_the_host_and_back(ample_memory, layout, backend, page, dtype):
+def test_entries_go_to_the_host_and_back(layout, backend, page, dtype):
+    allow_host_pool()
     device = MHATokenToKVPool(SLOTS, page, dtype, HEADS, SIZE, LAYERS, "cpu", False)
     info = device.get_device_pool_infos()[0].buffer_info
     host = mha.get_mha_host_pool_cls(info)(

@@ -17,7 +17,9 @@ first, second and last layout, and a "direct" ``pf`` the third. A table of layer
 import ctypes
 
 import torch
-from sglang.srt.mem_cache.pool_host import common, mha
+from sglang.srt.mem_cache.pool_host import base, common, mha
+
+KEPT_FREE_BYTES = 1 << 30  # of the machine's memory; SGLang keeps ten times as much, which a laptop may not have
 
 
 def allocate(dims, dtype, device, pin_memory, allocator, registration_granularity_bytes=None) -> torch.Tensor:
@@ -112,6 +114,7 @@ def entries_of(layers: torch.Tensor, indices: torch.Tensor, row_bytes: int, like
 
 def allow_host_pool() -> None:
     """Let this process's host pools allocate and copy."""
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = KEPT_FREE_BYTES
     common.ALLOC_MEMORY_FUNCS["cpu"] = allocate
     for transfer in TRANSFERS:
         setattr(mha, transfer.__name__, transfer)

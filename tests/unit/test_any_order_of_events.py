@@ -192,6 +192,7 @@ class Serving(RuleBasedStateMachine):
     def evict(self, share):
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+        self.begin_step()
         self.machine.tree.evict(EvictParams(num_tokens=int(self.machine.tree.evictable_size() * share)))
 
     @rule()

@@ -6,6 +6,7 @@ is found by the same checks as any other.
 
 import itertools
 from importlib.metadata import version
+from typing import ClassVar
 
 import pytest
 
@@ -24,6 +25,8 @@ LOADED = {"tokens": 0, "declined": 0}
 
 class ServingWithHostPool(Serving):
     """As SGLang's loop drives HiCache."""
+
+    host: ClassVar[dict] = {"host_ratio": 1.5}
 
     @initialize(of_loads=st.sampled_from([1, 2, 3]))
     def start(self, of_loads):
@@ -95,3 +98,23 @@ def test_any_order_of_events_with_a_host_pool(page, chunk, policy):
     case = type("ServingCase", (ServingWithHostPool,), attributes)
     run_state_machine_as_test(seed(int(FUZZ_SEED))(case) if FUZZ_SEED else case, settings=settings_)
     assert LOADED["tokens"] > 0 and (LOADED["declined"] > 0 or policy == "write_through_selective")
+
+
+@pytest.mark.parametrize("always", [True, False], ids=["always", "never"])
+def test_a_request_whose_load_is_declined_gets_in_by_its_raw_prompt(always):
+    LOADED.update(tokens=0, declined=0)
+    serving = ServingWithHostPool()
+    serving.start(of_loads=0)
+    serving.arrive(0, head=900, question=40, first=0, options={}, salt=None, max_new_tokens=2, copies=1)
+    serving.steps(5)
+    serving.evict(1.0)
+    serving.decline(int(always))
+    serving.send_again(0, turns=0)
+    (req,) = serving.waiting
+    serving.steps(1)
+    assert (serving.waiting == [req]) == always  # nothing was committed
+    serving.steps(9)
+    assert not serving.waiting and not serving.running
+    assert (req.metasoft.reused_prefix is None) == always and req.metasoft.compressed is not None
+    assert (LOADED["declined"], LOADED["tokens"] > 900 // 4) == (int(always), not always)
+    serving.teardown()

@@ -82,6 +82,8 @@ def test_ratio_one_equals_plain_sglang_with_the_same_host_pool(start_server, doc
     times = 2 if "write_through_selective" in flags else 1
     plain = converse(start_server(*flags), document_ids, tokenizer, times)
     server = start_server(*flags, *SOFT_TOKENS, "--metasoft-ratio", "1", env=inside_env())
+    state = server.info()["internal_states"][0]["metasoft"]
+    assert state["keep_raw"] == ("write_back" not in flags)
     ours = converse(server, document_ids, tokenizer, times)
     assert outputs(ours) == outputs(plain)
     for turn in ours[1:]:

@@ -37,7 +37,9 @@ ROUND_TASKS = 50
 ROUNDS_PER_POOL_CHECK = 15
 FLAGS = "--page-size 16 --chunked-prefill-size 512 --enable-mixed-chunk"
 RETRACTION = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "10"}
-FAULTS = dict(probe=0.05, reserve=0.05, job=0.05, nan=0.05, layer=0.05, write=0.05)
+HOST_POOL = "--enable-hierarchical-cache --hicache-ratio 2"
+# "decline": a load from the host pool, where there is one.
+FAULTS = dict(probe=0.05, reserve=0.05, job=0.05, nan=0.05, layer=0.05, write=0.05, decline=0.2)
 OPTIONS = [
     *[{}] * 5, {"metasoft_ratio": 1}, {"metasoft_ratio": 2}, {"metasoft_ratio": 8}, {"metasoft_budget": 1},
     {"metasoft_budget": 100}, {"metasoft_budget": 300},

@@ -37,6 +37,8 @@ PANELS = (  # title, unit, kind, (legend, expression)...
      ("{{stage}}", f"sum by (stage) (increase({M}faults_total{{{BY_MODEL}}}[1h]))")),
     ("Index of compressed prefixes", "short", "timeseries",
      ("prefixes", f"sum({M}index_prefixes{{{BY_MODEL}}})"), ("tokens", f"sum({M}index_tokens{{{BY_MODEL}}})")),
+    ("Host pool: reused prompt tokens a second, and loads that were declined", "short", "timeseries",
+     ("tokens loaded", rate("reused_host_tokens")), ("loads declined", rate("declined_load_backs"))),
     ("Servers by their compressor", "short", "stat",
      ("{{kind}}: {{method}}", f"sum by (kind, method) ({M}compressor_info{{{BY_MODEL}}})")),
 )  # fmt: skip

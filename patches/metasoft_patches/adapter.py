@@ -48,6 +48,14 @@ class Adapter(ABC):
         """Tokens that need no computing in the next extend: matched in the tree, or computed before."""
 
     @abstractmethod
+    def host_len(self, req) -> int:
+        """Tokens matched behind those, which lie in the host pool alone and would have to be loaded back."""
+
+    @abstractmethod
+    def loaded_len(self, req) -> int:
+        """Of :meth:`prefix_len`, once the request is admitted, the tokens that were loaded back from the host pool."""
+
+    @abstractmethod
     def extend_end(self, req) -> int:
         """Where the last extend ended: entries in the request's row once it has run."""
 

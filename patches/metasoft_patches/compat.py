@@ -44,6 +44,14 @@ def _has_recurrent_layers(model: Any) -> bool:
     return mambaish_config(model) is not None
 
 
+# Also refused while the server runs.
+STORAGE = Refusal(
+    "HiCache storage",
+    "--hicache-storage-backend",
+    lambda args, model: args.hicache_storage_backend is not None,
+    "compressed prefixes are kept under ids that no other start of a server, and no other server, can know",
+)
+
 REFUSED = (
     Refusal(
         "speculative decoding",
@@ -89,11 +97,12 @@ REFUSED = (
     ),
     Refusal("PD multiplexing", "--enable-pdmux", lambda args, model: args.enable_pdmux, "it has its own event loop"),
     Refusal(
-        "HiCache",
+        "HiCache on SGLang 0.5.17",
         "--enable-hierarchical-cache",
-        lambda args, model: args.enable_hierarchical_cache,
-        "a declined load-back would leave virtual tokens to compute",
+        lambda args, model: args.enable_hierarchical_cache and tested_version(version("sglang")) == "0.5.17",
+        "a request whose load-back is declined cannot stay in the queue there, and virtual tokens cannot be computed",
     ),
+    STORAGE,
     Refusal("LMCache", "--enable-lmcache", lambda args, model: args.enable_lmcache, "it replaces the radix cache"),
     Refusal("FlexKV", "--enable-flexkv", lambda args, model: args.enable_flexkv, "it replaces the radix cache"),
     Refusal(

@@ -169,6 +169,13 @@ def check_server(result, server_args) -> None:
         logger.warning("MetaSoft: nothing of it has been tested on %s; compare answers before you rely on them.", name)
     settings, model_config = adapter.settings(server_args)
     compat.check_features(settings, model_config)
+    if config.keep_raw and settings.enable_hierarchical_cache and settings.hicache_write_policy == "write_back":
+        logger.warning(
+            "MetaSoft: raw spans are not kept in the tree (as by --no-metasoft-keep-raw): with --hicache-write-policy "
+            "write_back each would be copied to the host, and take ratio times the room of what it became."
+        )
+        config = dataclasses.replace(config, keep_raw=False)
+        setattr(server_args, CARRIER, config)
     if config.kernels == "triton":
         from metasoft_kernels.backend import check_device
 

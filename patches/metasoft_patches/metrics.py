@@ -27,6 +27,13 @@ METRICS = (
     Metric("requests", "counter", "requests", "Finished requests, by why they were not compressed.", ("bypass",)),
     Metric("prefix_hits", "counter", "requests", "Requests that started from an already compressed prefix."),
     Metric("reused_tokens", "counter", "tokens", "Prompt tokens that came from compressed prefixes."),
+    Metric("reused_host_tokens", "counter", "tokens", "Of reused_tokens, those that were loaded from the host pool."),
+    Metric(
+        "declined_load_backs",
+        "counter",
+        "loads",
+        "Loads of a compressed prefix from the host pool that SGLang declined; the request took another form.",
+    ),
     Metric("faults", "counter", "faults", "Compressions given up, by the stage that failed.", ("stage",)),
     Metric("saved_slots_now", "gauge", "slots", "Slots that running requests would hold more without compression."),
     Metric("index_prefixes", "gauge", "prefixes", "Compressed prefixes that the index knows."),
@@ -104,11 +111,13 @@ class Metrics:
         self._of("kept_slots").inc(plan.kept_slots)
         self._of("saved_slots").inc(plan.saved_slots)
 
-    def request_finished(self, report: dict) -> None:
-        """Count one finished request by its ``metasoft_*`` report."""
+    def request_finished(self, report: dict, reused_host_tokens: int, declined_load_backs: int) -> None:
+        """Count one finished request by its ``metasoft_*`` report, and by what it had to do with the host pool."""
         reused = report["metasoft_reused_tokens"]
         self._of("reused_tokens").inc(reused)
         self._of("prefix_hits").inc(reused > 0)
+        self._of("reused_host_tokens").inc(reused_host_tokens)
+        self._of("declined_load_backs").inc(declined_load_backs)
         self._of("requests", bypass=report.get("metasoft_bypass", "none")).inc()
 
     def fault(self, stage: str) -> None:

@@ -32,6 +32,19 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "pages": (CHUNKS + PAGES, ()),
     "during-prefill": (CHUNKS + PAGES, ("--metasoft-during-prefill",)),
     "lora": ((*CHUNKS, "--lora-backend", "torch_native", "--max-loras-per-batch", "2", "--lora-paths", ADAPTER), ()),
+    # A host pool behind a device pool of half the size.
+    "host-pool": (
+        (
+            *CHUNKS,
+            *PAGES,
+            "--max-total-tokens",
+            str(POOL_TOKENS // 2),
+            "--enable-hierarchical-cache",
+            "--hicache-ratio",
+            "4",
+        ),
+        ("--metasoft-during-prefill",),
+    ),
     "priority": (("--enable-priority-scheduling", "--disable-overlap-schedule"), ("--no-metasoft-keep-raw",)),
 }
 TWINLESS = {"--metasoft-during-prefill", "--no-metasoft-keep-raw"}

@@ -172,6 +172,17 @@ def test_server_flags_reach_the_estimate(capsys, model_dir):
     assert other["requests_raw"] >= 2 * plain["requests_raw"]
 
 
+@pytest.mark.skipif(importlib.metadata.version("sglang") == "0.5.17", reason="HiCache is refused there")
+def test_what_a_host_pool_holds(capsys, model_dir):
+    argv = ["--model-path", str(model_dir), "--prompt-tokens", "2048", "--output-tokens", "16", "--pool-tokens", "8000"]
+    for flags, tokens in (("--hicache-ratio 3", 24_000), ("--hicache-size 1", 10**9 // (30 * 3 * 64 * 2 * 2))):
+        assert main([*argv, "--", "--enable-hierarchical-cache", *flags.split()]) == 0
+        words = capsys.readouterr().out
+        assert f"a host pool of {tokens:,} tokens holds {tokens // 2064} of them raw, " in words
+        assert f", {tokens // 528} at ratio 4, " in words
+    assert report(capsys, *argv)[2]["host_pool_tokens"] == 0
+
+
 def test_memory_that_is_not_given_is_found(capsys, model_dir):
     argv = ["--model-path", str(model_dir), "--prompt-tokens", "65536"]
     estimate = report(capsys, *argv)[2]

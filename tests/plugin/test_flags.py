@@ -206,7 +206,7 @@ class Changed:
 REFUSED_VALUES = {
     "speculative_algorithm": "EAGLE", "disaggregation_mode": "prefill", "enable_dp_attention": True,
     "dcp_size": 2, "attn_cp_size": 2, "enable_kv_cache_sharding": True, "enable_two_batch_overlap": True,
-    "enable_pdmux": True, "enable_hierarchical_cache": True, "enable_lmcache": True, "enable_flexkv": True,
+    "enable_pdmux": True, "hicache_storage_backend": "file", "enable_lmcache": True, "enable_flexkv": True,
     "enable_unified_cache_external_linker": True, "enable_hisparse": True, "radix_cache_backend": "flexkv",
     "enable_session_radix_cache": True, "kv_canary": "log", "dllm_algorithm": "x", "enable_mis": True,
     "enable_unified_memory": True, "smg_grpc_mode": True, "grpc_mode": True, "use_ray": True,
@@ -233,6 +233,16 @@ def test_a_window_that_a_configuration_names_and_no_layer_has_is_no_reason_to_re
     """Some classes of SGLang read past it; what the loaded layers have is checked."""
     plain = PlainArgs(parse)
     compat.check_features(plain.args, Changed(plain.model, sliding_window_size=4096))
+
+
+def test_hicache_is_served_and_refused_where_a_request_cannot_stay_in_the_queue(parse, monkeypatch):
+    plain = PlainArgs(parse)
+    args = Changed(plain.args, enable_hierarchical_cache=True)
+    monkeypatch.setattr(compat, "version", lambda name: "0.5.23")
+    compat.check_features(args, plain.model)
+    monkeypatch.setattr(compat, "version", lambda name: "0.5.17.post1")
+    with pytest.raises(ValueError, match="HiCache on SGLang 0.5.17 \\(--enable-hierarchical-cache\\): a request whose"):
+        compat.check_features(args, plain.model)
 
 
 def test_the_rust_server_is_refused(parse, monkeypatch):

@@ -7,6 +7,7 @@ it holds, so that it can be checked at any time that a request's row holds nothi
 import functools
 from array import array
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -16,6 +17,7 @@ from metasoft_patches.cache.commit import Committer
 from metasoft_patches.cache.namespaces import Namespaces
 from metasoft_patches.cache.radix import make_factory
 from metasoft_patches.cache.request import RequestState
+from metasoft_patches.cpu.host_pool import allow_host_pool
 from metasoft_patches.forward.runner import ProbeRunner
 from metasoft_patches.scheduler.compressor import SchedulerCompressor
 from metasoft_patches.scheduler.fence import LaunchFence
@@ -27,7 +29,7 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, evict_from_tree_cache, release_kv_cache
-from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.runtime_context import publish
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
@@ -67,6 +69,26 @@ class Compressor(SchedulerCompressor):
         self.fidelity = SimpleNamespace(wants=lambda rid: False)  # there is no model to ask
 
 
+class PoolNotes:
+    """Notes that lie in a KV pool, and so go wherever its entries are copied."""
+
+    def __init__(self, pool: MHATokenToKVPool) -> None:
+        allow_host_pool()
+        self.numbers = pool.k_buffer[0].view(-1).numpy()
+        self.all: list[array] = []
+
+    def __setitem__(self, slot: int, note: array) -> None:
+        self.numbers[slot] = len(self.all)
+        self.all.append(note)
+
+    def __getitem__(self, slot: int) -> array:
+        return self.all[int(self.numbers[slot])]
+
+    def update(self, notes: dict[int, array]) -> None:
+        for slot, note in notes.items():
+            self[slot] = note
+
+
 class Machine:
     """One scheduler.
 
@@ -75,24 +97,41 @@ class Machine:
         page: slots of a page.
         chunk: prefill tokens of one forward; None prefills a prompt at once.
         eviction_policy: the operator's.
+        host_ratio: slots of a host pool for each of the KV pool; 0 for none.
+        write_policy: of that host pool.
         settings: of :class:`MetaSoftConfig`.
     """
 
     def __init__(
-        self, slots: int, page: int = 1, chunk: int | None = None, eviction_policy: str = "lru", **settings
+        self,
+        slots: int,
+        page: int = 1,
+        chunk: int | None = None,
+        eviction_policy: str = "lru",
+        host_ratio: float = 0,
+        write_policy: str = "write_through",
+        **settings,
     ) -> None:
-        publish(ServerArgs(model_path="none", device="cpu"), role="test")
+        host = {"enable_hierarchical_cache": True, "hicache_ratio": host_ratio, "hicache_write_policy": write_policy}
+        server_args = ServerArgs(model_path="none", device="cpu", page_size=page, **(host if host_ratio else {}))
+        publish(server_args, role="test")
         self.config = MetaSoftConfig(secret="00" * 16, **settings)
         self.adapter, self.page, self.chunk = load_adapter(), page, chunk
-        pool = SimpleNamespace(device="cpu")
+        self.notes: Any = {}  # slot: the prompt, up to the last token that shaped what it holds
+        pool: Any = SimpleNamespace(device="cpu")
+        if host_ratio:
+            pool = MHATokenToKVPool(slots, page, torch.float32, 1, 1, 1, "cpu", False)
+            self.notes = PoolNotes(pool)
         allocator = TokenToKVPoolAllocator if page == 1 else PagedTokenToKVPoolAllocator
         sizes = (slots,) if page == 1 else (slots, page)
         self.allocator = allocator(*sizes, torch.float32, "cpu", pool, False)
         self.rows = ReqToTokenPool(8, 16384, "cpu", False)
         params = CacheInitParams(False, self.rows, self.allocator, page, eviction_policy=eviction_policy)
         context = SimpleNamespace(
-            server_args=None, params=params, is_hybrid_swa=False, is_hybrid_ssm=False, enable_hierarchical_cache=False
-        )
+            server_args=server_args, params=params, is_hybrid_swa=False, is_hybrid_ssm=False,
+            enable_hierarchical_cache=bool(host_ratio),
+            tp_worker=SimpleNamespace(register_hicache_layer_transfer_counter=lambda counter: None),
+        )  # fmt: skip
         self.tree = make_factory(self.config, self.adapter)(context)
         self.running = SimpleNamespace(batch_is_full=True)
         self.scheduler = SimpleNamespace(
@@ -102,7 +141,6 @@ class Machine:
         self.compressor.stages = NotingStages(self)
         self.hooks = SchedulerHooks(self.config, self.adapter)
         self.hooks.compressor = self.compressor
-        self.notes: dict[int, array] = {}  # slot: the prompt, up to the last token that shaped what it holds
         self.slots, self.requests = slots, 0
 
     # -- a request's life --------------------------------------------------------------------------------------

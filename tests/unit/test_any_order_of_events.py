@@ -5,6 +5,7 @@ prefixes that were ever indexed, and sums over the rows of all running requests.
 """
 
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -53,12 +54,13 @@ class Serving(RuleBasedStateMachine):
     """One scheduler, driven as SGLang's loop drives it."""
 
     page, chunk, during_prefill, keep_raw, pool = 1, None, False, True, 4800
+    host: ClassVar[dict] = {}  # what a machine with a host pool is told of it
 
     @initialize()
     def start(self):
         self.machine = Machine(
             self.pool, self.page, self.chunk, keep_raw=self.keep_raw, during_prefill=self.during_prefill,
-            min_tokens=100, window=WINDOW, index_tokens=8000,
+            min_tokens=100, window=WINDOW, index_tokens=8000, **self.host,
         )  # fmt: skip
         scheduler, hooks = self.machine.scheduler, self.machine.hooks
         scheduler.running_batch = self.running = Running()
@@ -115,6 +117,7 @@ class Serving(RuleBasedStateMachine):
     def step(self):
         """One iteration of the scheduler: a prefill batch if anything can be let in, else all decode a token."""
         machine, hooks = self.machine, self.machine.hooks
+        self.begin_step()
         adder = PrefillAdder(self.page, machine.tree, machine.allocator, self.running, 1.0, 16384, self.chunk)
         reserve = PrefillAdder._request_slot_reserve_for_req
 
@@ -140,6 +143,7 @@ class Serving(RuleBasedStateMachine):
         if not reqs:
             self.decode()
             return
+        self.load(reqs)
         machine.rows.alloc(reqs)
         for req in reqs:
             if req.kv.kv_allocated_len == 0:
@@ -154,6 +158,12 @@ class Serving(RuleBasedStateMachine):
             if req is not self.chunked:
                 machine.decode(req, [3])
                 self.running.append(req) if req.sampling_params.max_new_tokens > 1 else machine.finish(req)
+
+    def begin_step(self):
+        """What comes first in SGLang's loop."""
+
+    def load(self, reqs):
+        """Between the admission of requests and their forward."""
 
     def decode(self):
         for req in list(self.running):
@@ -182,6 +192,7 @@ class Serving(RuleBasedStateMachine):
     def evict(self, share):
         from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
+        self.begin_step()
         self.machine.tree.evict(EvictParams(num_tokens=int(self.machine.tree.evictable_size() * share)))
 
     @rule()
@@ -203,7 +214,8 @@ class Serving(RuleBasedStateMachine):
         if prefix is None:
             assert req.origin_input_ids is state.prompt_ids
             return
-        assert req.prefix_len >= prefix.slots, "a prefix that the tree does not hold was named"
+        found = req.prefix_len + self.machine.adapter.host_len(req)
+        assert found >= prefix.slots, "a prefix that the tree does not hold was named"
         namespace = self.machine.compressor.namespaces.namespace(req)
         required = next(ids for known, owner, ids in self.indexed if known is prefix and owner == namespace)
         assert ids[: len(required)] == required
@@ -244,6 +256,7 @@ class Serving(RuleBasedStateMachine):
                 break
             self.step()
         assert not (self.waiting or self.running or self.chunked), "a request never gets in"
+        self.begin_step()
         self.machine.check_idle()
 
 

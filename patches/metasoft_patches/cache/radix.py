@@ -5,6 +5,7 @@ the request. The raw window after a span must stay the request's own until the s
 then move; so nothing past the span's end is inserted before.
 """
 
+import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any
@@ -71,7 +72,12 @@ class PrefixPolicy(ABC):
     def publish_raw(self, req, *, up_to: int) -> None:
         """Insert a raw span below every other priority, so that memory pressure takes it first."""
         if not req.skip_radix_cache_insert:
-            self.insert_row(req, up_to=up_to, priority=RAW_PRIORITY)
+            with self.kept_off_host():
+                self.insert_row(req, up_to=up_to, priority=RAW_PRIORITY)
+
+    def kept_off_host(self) -> contextlib.AbstractContextManager:
+        """In which nothing that is inserted is copied to a host pool: raw twins would take most of it."""
+        return contextlib.nullcontext()
 
     def priority_of(self, req) -> int:
         """In the tree, of what is no raw twin: the same for all, whatever a client asks for when it is scheduled.

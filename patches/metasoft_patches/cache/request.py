@@ -30,6 +30,8 @@ class RequestState:
             self.set_bypass(Bypass.OPTED_OUT, BypassLifetime.REQUEST)
         self.restarts = 0  # because its next chunk did not fit
         self.takes_raw_prefix = True  # of the tree, after its prefix
+        self.avoids_host = False  # in its next match: the last load-back was declined
+        self.declined_load_backs = 0
         self.prompt_ids: array = req.origin_input_ids
         self.compact_ids: array | None = None
         self.compressed: CompressedPrefix | None = None
@@ -41,6 +43,7 @@ class RequestState:
         self.end_limit_tokens: int | None = None
         self.generation = 0  # of the weights that its KV is computed with
         self.reused_tokens = 0
+        self.reused_host_tokens = 0  # of these, what was loaded back from the host pool
         self.is_reuse_counted = False
         self._raw_logprob_start: int | None = None
 
@@ -58,6 +61,23 @@ class RequestState:
     def offset(self) -> int:
         """Logical position minus row index, for every token after the prefix."""
         return self.compressed.offset if self.compressed else 0
+
+    def split_offset(self, device_slots: int) -> tuple[int, int]:
+        """The offset, by where the compressed prefix was found: segments wholly on the device, and the others.
+
+        Args:
+            device_slots: entries that were matched on the device.
+        """
+        prefix = self.compressed
+        while prefix is not None and prefix.slots > device_slots:
+            prefix = prefix.parent
+        on_device = prefix.offset if prefix else 0
+        return on_device, self.offset - on_device
+
+    def decline_load_back(self) -> None:
+        """Note that what the request was to find on the host was not loaded; it has not been admitted."""
+        self.avoids_host = True
+        self.declined_load_backs += 1
 
     @property
     def compressed_lengths(self) -> dict[str, int]:

@@ -60,12 +60,14 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         from sglang.srt.layers.attention.attention_registry import register_attention_backend
         from sglang.srt.mem_cache import allocation
 
+        from metasoft_patches.cpu.host_pool import allow_host_pool
         from metasoft_patches.cpu.lora import allow_pageable_memory
 
         register_attention_backend(self.attention_backend)(create_attention_backend)
         # SGLang knows by the name ``torch_native`` alone that there is no Triton here.
         allocation.get_last_loc_triton = allocation.get_last_loc_torch
         allow_pageable_memory()
+        allow_host_pool()
 
     def get_device(self, device_id: int = 0) -> str:
         # SGLang compares this with device strings.

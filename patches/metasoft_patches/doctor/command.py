@@ -102,6 +102,17 @@ def _text(checks: list[Check], estimate: dict | None, is_ok: bool) -> str:
     return "\n".join(lines)
 
 
+def _host_pool(estimate: dict) -> list[str]:
+    tokens, output = estimate["host_pool_tokens"], estimate["output_tokens"]
+    if not tokens:
+        return []
+    raw = tokens // (estimate["prompt_tokens"] + output)
+    compressed = [
+        f"{tokens // (fit['prompt_entries'] + output):,} at ratio {fit['ratio']:g}" for fit in estimate["fits"]
+    ]
+    return [f"a host pool of {tokens:,} tokens holds {raw:,} of them raw, {', '.join(compressed)}"]
+
+
 def _table(estimate: dict) -> list[str]:
     raw = estimate["requests_raw"]
     rows = [("ratio", "entries per prompt", "requests at once", "with --metasoft-during-prefill")]
@@ -121,5 +132,6 @@ def _table(estimate: dict) -> list[str]:
             "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ),
+        *_host_pool(estimate),
         f"compressing one takes at most {estimate['workspace_bytes'] / 2**20:,.0f} MiB of a GPU beside the pool",
     ]

@@ -40,6 +40,7 @@ class Server(NamedTuple):
     kv_cache_dtype: str
     memory_fraction: float | None
     max_total_tokens: int | None
+    host_pool: tuple[float, float] | None = None  # HiCache's: gigabytes or, where they are 0, slots for each one here
 
 
 def model(path: str) -> tuple[Check, ModelShape | None]:
@@ -114,6 +115,7 @@ def server(model_path: str, flags: list[str]) -> tuple[list[Check], Server | Non
         kv_cache_dtype=str(settings.kv_cache_dtype),
         memory_fraction=settings.mem_fraction_static,
         max_total_tokens=settings.max_total_tokens,
+        host_pool=(settings.hicache_size, settings.hicache_ratio) if settings.enable_hierarchical_cache else None,
     )
     if not refused:
         checks.append(Check("features", "ok", f"none of {len(compat.REFUSED)} refused features is on"))
@@ -166,12 +168,20 @@ def estimate(args: argparse.Namespace, shape: ModelShape, server: Server | None)
     return {
         **lengths,
         "pool_source": source,
+        "host_pool_tokens": _host_pool_tokens(server.host_pool, pool_tokens, entry_bytes),
         "kv_bytes_per_token": entry_bytes,
         "tp_size": server.tp_size,
         "workspace_bytes": WORKSPACE_BYTES + LIST_BYTES * args.prompt_tokens,
         "requests_raw": fit_raw(**lengths),
         "fits": [fit._asdict() for fit in fits],
     }
+
+
+def _host_pool_tokens(host_pool: tuple[float, float] | None, pool_tokens: int, entry_bytes: int) -> int:
+    if host_pool is None:
+        return 0
+    gigabytes, ratio = host_pool
+    return int(gigabytes * 1e9) // entry_bytes if gigabytes else int(pool_tokens * ratio)
 
 
 def fit(estimate: dict) -> Check:

@@ -51,7 +51,7 @@ class Admission:
         fits_raw = prefix_slots + wanted < self.scheduler.max_total_num_tokens
         # Once it had to start again it asks for its raw size, if the pool has that.
         if self.compresses_chunks and is_admission and not (fits_raw and req.metasoft.restarts):
-            footprint = self._footprint(req, prefix_slots)
+            footprint = self._footprint(req, prefix_slots + self.adapter.host_len(req))
             if self._fits(footprint):
                 # SGLang adds the new tokens to the result.
                 held = max(footprint.peak_slots - new_tokens, footprint.final_slots + len(req.output_ids))
@@ -62,7 +62,7 @@ class Admission:
         """Whether the pool can hold the raw prefix that was found in the tree and, beside it, its compression."""
         if not self.compresses_chunks or req.metasoft.plan is None:
             return True
-        prefix_slots = self.adapter.prefix_len(req)
+        prefix_slots = self.adapter.prefix_len(req) + self.adapter.host_len(req)
         return self._fits(self._footprint(req, prefix_slots)) or not self._fits(self._footprint(req))
 
     def _footprint(self, req, prefix_slots: int = 0) -> Footprint:

@@ -130,8 +130,12 @@ class SchedulerHooks:
             if state is not None and not state.is_reuse_counted:
                 state.is_reuse_counted = True
                 state.reused_tokens = state.compressed_tokens
+                device_slots = self.adapter.prefix_len(req) - self.adapter.loaded_len(req)
+                on_device, on_host = state.split_offset(device_slots)
+                state.reused_host_tokens = max(state.compressed_tokens - device_slots - on_device, 0)
                 req.cached_tokens += state.offset
-                req.cached_tokens_device += state.offset
+                req.cached_tokens_device += on_device
+                req.cached_tokens_host += on_host
         return result
 
     def shift_positions(self, forward_batch, cls, batch, model_runner, *args, **kwargs) -> None:
@@ -147,7 +151,9 @@ class SchedulerHooks:
             if state.owns_prompt(req):
                 prompt_tokens[number] = len(state.prompt_ids)
             if self.compressor.metrics is not None and req.finished():
-                self.compressor.metrics.request_finished(state.report())
+                self.compressor.metrics.request_finished(
+                    state.report(), state.reused_host_tokens, state.declined_load_backs
+                )
 
     def extra_slots(self, req, is_admission: bool) -> int:
         """Slots that a request needs beyond SGLang's own count: room for the consolidated entries.

@@ -1,4 +1,8 @@
-"""Which form a waiting request takes, raw or over a compressed prefix: the one that leaves the least to compute."""
+"""Which form a waiting request takes, raw or over a compressed prefix: the one that leaves the least to compute.
+
+What lies in the host pool alone counts as found: it is loaded back on admission. Of equals the longest compressed
+prefix comes first, raw last, wherever they lie: a raw prompt on the device would have to be compressed once more.
+"""
 
 from collections.abc import Callable
 
@@ -13,7 +17,7 @@ from sglang_metasoft.types import BypassLifetime
 
 # Compressed prefixes of one prompt that are tried against the tree; more exist only where prompts nearly repeat.
 MAX_CANDIDATES = 3
-GONE = -1  # matched tokens of a compressed prefix that the tree has evicted
+GONE = -1  # matched tokens of a compressed prefix that the tree has evicted, from the host too
 
 
 class PrefixMatcher:
@@ -51,6 +55,7 @@ class PrefixMatcher:
         if not has_room(req):
             state.takes_raw_prefix = False
             self._take_best(match_tree, req, found)
+        state.avoids_host = False  # a request that is not admitted now may find room to load into later
         if state.compressed is not None:
             self.index.touch(state.compressed)
 
@@ -79,19 +84,26 @@ class PrefixMatcher:
             self._take(match_tree, req, found, best)
 
     def _take(self, match_tree: Callable[[], None], req, found: Found, prefix: CompressedPrefix | None) -> int:
-        """Match in compact form with this compressed prefix, or raw; returns the logical tokens matched, or GONE."""
+        """Match in compact form with this compressed prefix, or raw.
+
+        Returns:
+            The logical tokens that need no computing, or GONE.
+        """
         state: RequestState = req.metasoft
         state.restore_raw(req)
         if prefix is not None:
             state.use_prefix(req, prefix)
         state.plan = None  # which would cap the match at its span's end
         match_tree()
-        matched_slots = self.adapter.prefix_len(req)
+        matched_slots = self.adapter.prefix_len(req) + self.adapter.host_len(req)
         if prefix is not None and matched_slots < prefix.slots:
             self.index.discard(prefix)
             return GONE
+        if prefix is not None and state.avoids_host and self.adapter.prefix_len(req) < prefix.slots:
+            return GONE  # for this time
         state.update_boundary(matched_slots + state.offset, found, self.page_size)
         state.make_plan(self.config, self.page_size)
         if state.plan is not None and matched_slots > state.plan.end_slots:
             match_tree()
-        return self.adapter.prefix_len(req) + state.offset
+        host_slots = 0 if state.avoids_host else self.adapter.host_len(req)
+        return self.adapter.prefix_len(req) + host_slots + state.offset

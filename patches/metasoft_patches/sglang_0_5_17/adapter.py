@@ -36,6 +36,12 @@ class SGLangAdapter(Adapter):
     def prefix_len(self, req):
         return len(req.prefix_indices)
 
+    def host_len(self, req):
+        return 0  # a host pool is refused
+
+    def loaded_len(self, req):
+        return 0
+
     def extend_end(self, req):
         return req.extend_range.end
 

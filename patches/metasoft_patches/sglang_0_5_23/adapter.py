@@ -30,6 +30,12 @@ class SGLangAdapter(Adapter):
     def prefix_len(self, req):
         return req.prefix_len
 
+    def host_len(self, req):
+        return req.host_hit_length
+
+    def loaded_len(self, req):
+        return req.materialized_host_hit_len()
+
     def extend_end(self, req):
         return req.extend_end
 

@@ -1,5 +1,8 @@
 """Hooks that only SGLang 0.5.23 has; names as in its ``targets.py``."""
 
+from sglang.srt.managers.io_struct import AttachHiCacheStorageReqOutput
+
+from metasoft_patches.compat import STORAGE
 from metasoft_patches.http.headers import REPORT_FIELDS
 from metasoft_patches.scheduler import hooks as scheduler
 
@@ -25,6 +28,11 @@ class SchedulerHooks(scheduler.SchedulerHooks):
     def output_streamer_class(self, streamer_class, scheduler) -> type:
         """AFTER ``Scheduler.get_output_streamer_class``: one that adds our fields to each response."""
         return make_reporting_streamer(streamer_class)
+
+    def refuse_storage(self, original, scheduler, recv_req):
+        """AROUND ``Scheduler.attach_hicache_storage_wrapped``: refused at start, and so it is while the server runs."""
+        message = f"--enable-metasoft cannot run with {STORAGE.feature} ({STORAGE.setting}): {STORAGE.why}"
+        return AttachHiCacheStorageReqOutput(success=False, message=message)
 
     def report_lengths(self, original, accumulator, **kwargs):
         """AROUND ``_GenerationStreamAccumulator.to_payload``: once a step, not once a request of it."""

@@ -1,12 +1,21 @@
-"""SGLang 0.5.23 publishes a request's KV by ``checkpoint``, running or finished."""
+"""SGLang 0.5.23 publishes a request's KV by ``checkpoint``, running or finished; its tree may have a host pool."""
+
+import contextlib
 
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from metasoft_patches.cache.radix import PrefixPolicy
+from metasoft_patches.cache.request import RequestState
+
+NEVER = (1 << 31) - 1  # hits after which a node is copied to the host
 
 
 class RadixCache(PrefixPolicy, UnifiedRadixCache):
     """SGLang's radix cache; what is inserted, and how durably, is the policy's."""
+
+    # SGLang's.
+    write_through_threshold: int
+    load_back_threshold: int
 
     def checkpoint(self, req, *, up_to: int, **kwargs) -> None:
         self.publish(req, up_to=up_to, **kwargs)
@@ -17,3 +26,33 @@ class RadixCache(PrefixPolicy, UnifiedRadixCache):
             super().checkpoint(req, up_to=up_to, **kwargs)
         finally:
             req.priority = kept
+
+    @contextlib.contextmanager
+    def kept_off_host(self):
+        kept = self.write_through_threshold
+        self.write_through_threshold = NEVER
+        try:
+            yield
+        finally:
+            self.write_through_threshold = kept
+
+    def init_load_back(self, params):
+        """Load what a request has matched on the host, its compressed prefix in any case whole.
+
+        SGLang computes what it does not load. Virtual tokens cannot be computed: then None, as which the request stays
+        in the queue, and its next match passes over the host.
+        """
+        state: RequestState | None = getattr(params.req, "metasoft", None)
+        lacking_slots = state.compressed_slots - params.req.prefix_len if state is not None else 0
+        if state is None or lacking_slots <= 0:
+            return super().init_load_back(params)
+        kept = self.load_back_threshold
+        self.load_back_threshold = 1  # loaded however few they are
+        try:
+            loaded = super().init_load_back(params)
+        finally:
+            self.load_back_threshold = kept
+        if loaded is not None and loaded[0] >= lacking_slots:
+            return loaded
+        state.decline_load_back()
+        return None

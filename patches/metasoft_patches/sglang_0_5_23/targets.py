@@ -80,6 +80,14 @@ TARGETS = (
     ),
     Target(
         "scheduler",
+        "sglang.srt.managers.scheduler.Scheduler.attach_hicache_storage_wrapped",
+        "around",
+        "refuse_storage",
+        ("self", "recv_req"),
+        "sglang.srt.managers.scheduler:Scheduler.init_request_dispatcher",
+    ),
+    Target(
+        "scheduler",
         "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.end_weight_update",
         "after",
         "weights_changed",
@@ -94,6 +102,8 @@ USED = (
     ("sglang.srt.plugins.hook_registry:HookRegistry._apply_target", ("cls", "target", "hooks")),
     ("sglang.srt.mem_cache.registry:create_unified_radix_cache", ("ctx", "cache_class")),
     ("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.checkpoint", ("self", "req", "up_to", "**kwargs")),
+    ("sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.init_load_back", ("self", "params")),
+    ("sglang.srt.managers.schedule_batch:Req.materialized_host_hit_len", ("self",)),
     ("sglang.srt.model_executor.forward_context:forward_context", ("ctx", "forward_batch")),
     ("sglang.srt.arg_groups.model_override_base:resolving_view", ("server_args",)),
     ("sglang.srt.arg_groups.model_override_base:model_config_of", ("server_args",)),
@@ -102,10 +112,34 @@ USED = (
     ("sglang.srt.lora.lora_manager:LoRAManager.reset_lora_batch", ("self",)),
 )
 
+# A load-back that is declined (None) leaves its request in the queue, nothing committed. A raw twin gets no copy on the
+# host while the threshold is beyond its hits; what is loaded however small is so by the other threshold.
+PINNED_HOST_POOL = (
+    (
+        "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
+        (
+            "loaded = self.tree_cache.init_load_back(",
+            "if loaded is None:\n",
+            "return AddReqResult.OTHER",
+            "req.host_loaded_length, req.last_node = loaded",
+            "self._commit_prefill_admission(",
+        ),
+    ),
+    (
+        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache._load_back_transfers",
+        ("kv_tokens < max(1, self.load_back_threshold)",),
+    ),
+    (
+        "sglang.srt.mem_cache.unified_cache.unified_tree_core:UnifiedTreeCore._inc_hit_count_and_check",
+        ("node.hit_count >= self.write_through_threshold",),
+    ),
+)
+
 # Decode graphs read a position buffer of their own. It must be filled from the batch's positions at every replay, to
 # which the offset was added; that is skipped only for the very tensor that it was filled from: never for a new one.
 # With M-RoPE they read three rows of positions, made in init_new and copied to the graph's buffer by name.
 PINNED = (
+    *PINNED_HOST_POOL,
     (
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner:DecodeCudaGraphRunner._copy_replay_inputs",
         (

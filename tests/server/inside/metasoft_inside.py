@@ -3,6 +3,8 @@
 ``tests/server/inside`` on ``PYTHONPATH`` loads it; ``METASOFT_INSIDE`` holds JSON: a ``seed``, and for each stage of
 ``STAGES`` the probability that it fails. A request whose id starts with ``inside-<stage>`` fails there for certain;
 with ``-rank<n>`` behind it, on that tensor-parallel rank alone. ``own_secrets``: each rank draws a secret of its own.
+"decline" is SGLang's load from the host pool, which it may decline at any time. ``returned`` in a check's line counts
+prefixes that came back from there; their entries are compared with those that were committed.
 One whose id starts with ``inside-corrupt`` spoils an entry of its prefix, which the next check must notice; to one
 whose id starts with ``inside-window`` the tree seems to own all of its row.
 Each check writes one line, ``metasoft inside: ok ...`` or ``metasoft inside: BROKEN ...``, to the server's log.
@@ -20,7 +22,7 @@ import secrets
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-STAGES = ("probe", "reserve", "job", "nan", "layer", "write")
+STAGES = ("probe", "reserve", "job", "nan", "layer", "write", "decline")
 CHECKED_LAYERS = 3
 
 logger = logging.getLogger("metasoft_inside")
@@ -45,11 +47,14 @@ def install(result, *args, **kwargs) -> None:
     import metasoft_patches.scheduler.hooks as scheduler
     from metasoft_patches.adapter import load_adapter
     from metasoft_patches.cache.prefix_index import PrefixIndex
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     import sglang_metasoft.pipeline.batch as batch
 
     settings = json.loads(os.environ.get("METASOFT_INSIDE", "{}"))
     faults = Faults(settings)
+    # In SGLang 0.5.17 it is refused.
+    host_pool = {"load_back": faults.load_back} if hasattr(UnifiedRadixCache, "flush_pending_backups") else {}
     if settings.get("own_secrets"):
         scheduler.with_common_secret = _wrapped(scheduler.with_common_secret, draw_secret)
     for owner, name, wrapper in (
@@ -61,6 +66,7 @@ def install(result, *args, **kwargs) -> None:
         (compressor.Committer, "write", faults.write),
         (PrefixIndex, "add", prefix_added),
         (type(load_adapter()), "protected_len", protected_len),
+        *((UnifiedRadixCache, name, wrapper) for name, wrapper in host_pool.items()),
     ):
         setattr(owner, name, _wrapped(getattr(owner, name), wrapper))
 
@@ -160,6 +166,13 @@ class Faults:
             method = NanMethod(method)
         return original(job, q, k_new, v_new, pool, method, *args)
 
+    def load_back(self, original, tree, node_id, mem_quota=None, req=None):
+        named = req is not None and str(req.rid).startswith("inside-decline")
+        if named or self.random.random() < self.rates["decline"]:
+            self._count("decline")
+            return False
+        return original(tree, node_id, mem_quota, req)
+
     def write(self, original, *args):
         result = original(*args)
         if self._is_aimed("write"):
@@ -203,8 +216,11 @@ class Seen:
     scheduler = None
     state: tuple | None = None
     checks = 0
-    # The prefix itself keeps its id from being used again.
-    digests: dict[int, tuple] = {}
+    # By a segment's last virtual id: what its entries may be. More than one thing, where it was compressed again while
+    # the host had a copy: the order of sums follows the batch.
+    digests: dict[int, set] = {}
+    away: set[int] = set()  # by the same id, prefixes that were not on the device at the last check
+    returned = 0  # how often one was there again
     # The last virtual id of every segment there ever was. After an eviction another prefix may bring back a segment
     # that both start with, in one node with what follows there: the two then differ inside that node, at the end of a
     # segment.
@@ -212,7 +228,7 @@ class Seen:
 
 
 def prefix_added(original, index, tenant, namespace, prefix, ids):
-    """AROUND ``PrefixIndex.add``, just after the commit: what the prefix's entries are now, they must remain."""
+    """AROUND ``PrefixIndex.add``, just after the commit: what the segment's entries are now, they must remain."""
     known = original(index, tenant, namespace, prefix, ids)
     Seen.segment_ends.add(prefix.virtual_ids[-1])
     if Seen.scheduler is None:
@@ -221,7 +237,8 @@ def prefix_added(original, index, tenant, namespace, prefix, ids):
         slots = live_slots(Seen.scheduler, namespace, known)
         assert slots is not None, f"a prefix of {known.slots} slots was indexed but is not in the tree"
         assert is_finite(Seen.scheduler, slots), f"a prefix of {known.slots} slots holds numbers that are not finite"
-        Seen.digests[id(known)] = (known, digest(Seen.scheduler, slots))
+        last, own = next(segments_of(known, slots))
+        Seen.digests.setdefault(last, set()).add(digest(Seen.scheduler, own))
     except AssertionError as error:
         logger.error("metasoft inside: BROKEN %s", error)
     return known
@@ -247,16 +264,19 @@ def check_when_idle(scheduler) -> None:
         except AssertionError as error:
             problems.append(str(error))
             continue
-        _, expected = Seen.digests.get(id(prefix), (None, None))
         if slots is None:
             stale += 1
-        elif expected is not None and digest(scheduler, slots) != expected:
-            problems.append(f"the entries of a prefix of {prefix.slots} slots have changed")
-    known = {id(prefix) for prefix, _ in prefixes}
-    Seen.digests = {key: value for key, value in Seen.digests.items() if key in known}
+            Seen.away.add(prefix.segment_ids[-1])
+            continue
+        for last, part in segments_of(prefix, slots):
+            if last in Seen.digests and digest(scheduler, part) not in Seen.digests[last]:
+                problems.append(f"the entries of a prefix of {prefix.slots} slots have changed")
+        Seen.returned += prefix.segment_ids[-1] in Seen.away
+        Seen.away.discard(prefix.segment_ids[-1])
     names = hashlib.sha256(b"".join(sorted(prefix.virtual_ids.tobytes() for prefix, _ in prefixes))).hexdigest()[:8]
     summary = (
-        f"check={Seen.checks} prefixes={len(prefixes)} stale={stale} free={allocator.available_size()} "
+        f"check={Seen.checks} prefixes={len(prefixes)} stale={stale} returned={Seen.returned} "
+        f"free={allocator.available_size()} "
         f"cached={tree.evictable_size()} pool={scheduler.max_total_num_tokens} names={names}"
     )
     if problems:
@@ -309,6 +329,14 @@ def live_slots(scheduler, namespace: tuple, prefix) -> torch.Tensor | None:
     slots = slots[:matched]
     assert len(slots.unique()) == matched, f"a prefix of {prefix.slots} slots holds a slot twice"
     return slots
+
+
+def segments_of(prefix, slots: torch.Tensor):
+    """Of a prefix's segments, the last one first, the last virtual id and the slots."""
+    while prefix is not None:
+        first = prefix.parent.slots if prefix.parent else 0
+        yield prefix.segment_ids[-1], slots[first : prefix.slots]
+        prefix = prefix.parent
 
 
 def match(tree, ids, extra_key, cache_salt):

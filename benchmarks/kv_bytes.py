@@ -89,8 +89,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--ratios", type=int, nargs="+", default=RATIOS)
     args = parser.parse_args()
-    if args.prompt_tokens < 1 or min(args.ratios) < 1:
-        parser.error("--prompt-tokens and --ratios: allowed: at least 1")
+    if (least := min(args.prompt_tokens, *args.ratios)) < 1:
+        parser.error(f"--prompt-tokens, --ratios: {least} is not allowed; allowed: integers >= 1")
     print(table(args.prompt_tokens, tuple(args.ratios)))
 
 

@@ -75,7 +75,7 @@ def _ropes(model: "HFModel", limit: int | None) -> list[Rope]:
 
 def _table(module: Any, model: "HFModel", places: torch.Tensor) -> torch.Tensor:
     parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
-    if "mrope_section" in parameters:  # it takes three positions a token
+    if "mrope_section" in parameters:  # three positions a token, and in transformers 5.12 no fewer
         places = places.expand(3, *places.shape)
     module(torch.empty(1, device=model.device, dtype=model.dtype), places)  # settles the frequencies for these
     return _turned(places.flatten(0, -2)[0], module.inv_freq, module.attention_scaling)

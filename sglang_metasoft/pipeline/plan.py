@@ -97,7 +97,7 @@ def plan_span(
         wanted = math.ceil((end if ends_at_boundary else prompt_tokens) / ratio) - tail - compressed_slots
     sink = config.sink if compressed_slots == 0 else 0
     is_part = not ends_at_boundary and whole_tokens is not None and prompt_tokens < whole_tokens
-    if is_part and wanted < window_slots < span:
+    if window_slots and is_part and wanted < window_slots:
         return Bypass.SLIDING_WINDOW  # the next chunk may be enough
     kept = max(wanted, sink + 1, MIN_KEPT_SLOTS, window_slots)
     kept = -(-kept // page_size) * page_size

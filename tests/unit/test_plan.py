@@ -206,6 +206,14 @@ def test_a_span_leaves_a_whole_window_for_what_follows_it(tokens, window, page, 
     assert found == plain._replace(kept_slots=max(plain.kept_slots, least))
 
 
+def test_without_windows_a_chunk_waits_for_no_other():
+    """Whatever earlier chunks were left with: 16 entries are kept of the next one."""
+    found = plan(1600, ratio=100, whole_tokens=5000, compressed_tokens=1000, compressed_slots=900)
+    assert found == Plan(900, 536, 16, 0)
+    lengths = dict(whole_tokens=9000, compressed_tokens=1000, compressed_slots=900, sliding_window_tokens=200)
+    assert plan(1600, ratio=100, **lengths) is Bypass.SLIDING_WINDOW
+
+
 def test_a_window_is_no_reason_where_all_is_kept_or_too_little_is_there():
     assert plan(2000, ratio=1, sliding_window_tokens=4096) == plan(2000, ratio=1)
     assert plan(575, sliding_window_tokens=4096) is Bypass.TOO_SHORT

@@ -190,6 +190,12 @@ REFUSED = (
         "layers let it turn queries and store entries, and ask once which backend they have",
     ),
     Refusal(
+        "an attention backend that does not keep the model's sliding windows",
+        "--attention-backend",
+        lambda args, model: bool(families.unkept_windows(model, _backends(args))),
+        "its window layers would look for entries that are dropped; allowed: fa3, fa4, trtllm_mha",
+    ),
+    Refusal(
         "accelerators other than GPUs",
         "--device",
         lambda args, model: str(args.device or "cpu").split(":")[0] not in ("cuda", "cpu"),

@@ -170,6 +170,47 @@ def test_windows_are_known_before_the_weights(tmp_path, name, sizes, window):
     assert (said in families.verdict_on(model)) is (window is not None)
 
 
+def methods_of_classes() -> dict[str, set[str]]:
+    """Of each class in SGLang's model files its methods, and those of its bases in the same file, from their source."""
+    found: dict[str, set[str]] = {}
+    for file in Path(find_spec("sglang.srt.models").submodule_search_locations[0]).glob("*.py"):
+        in_file: dict[str, set[str]] = {}
+        for node in ast.parse(file.read_text(encoding="utf-8-sig")).body:
+            if isinstance(node, ast.ClassDef):
+                names = {each.name for each in node.body if isinstance(each, ast.FunctionDef)}
+                in_file[node.name] = names.union(*(in_file.get(ast.unparse(base), set()) for base in node.bases))
+        found |= {name: methods for name, methods in in_file.items() if name in BY_CLASS}
+    return found
+
+
+def test_which_classes_with_windows_tell_attention_backends_nothing():
+    methods = methods_of_classes()
+    windowed = {name for name, family in BY_CLASS.items() if family.window_more is not None and name in methods}
+    silent = {name for name in windowed if "get_attention_sliding_window_size" not in methods[name]}
+    assert len(windowed) > 8 and silent == families.WITHOUT_PLAN & methods.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "backend", "is_refused"),
+    [
+        ("Cohere2", dict(sliding_window=256), "flashinfer", True),  # an Ampere GPU's default
+        ("Cohere2", dict(sliding_window=256), "triton", True),
+        ("Cohere2", dict(sliding_window=256), "fa3", False),
+        ("Cohere2", dict(layer_types=["full_attention"] * 4), "flashinfer", False),
+        ("Gemma3Text", dict(head_dim=12), "flashinfer", False),
+        ("Gemma3Text", dict(head_dim=12), "flex_attention", True),
+        ("Qwen3", {}, "flex_attention", False),
+    ],
+    ids=str,
+)
+def test_a_backend_in_which_windows_are_none_is_refused(tmp_path, name, sizes, backend, is_refused):
+    (row,) = [refusal for refusal in compat.REFUSED if "keep the model's sliding windows" in refusal.feature]
+    architecture = f"{name.removesuffix('Text')}ForCausalLM"
+    model = model_of(tmp_path, getattr(transformers, f"{name}Config")(**SIZES | sizes), architecture)
+    args = SimpleNamespace(attention_backend="fa3", prefill_attention_backend=None, decode_attention_backend=backend)
+    assert row.is_on(args, model) is is_refused
+
+
 @pytest.mark.parametrize("name", ["Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Glm4v", "Glm4vMoe"])
 def test_a_model_with_three_positions_a_token_is_served_for_texts(tmp_path, name):
     model = model_of(tmp_path, getattr(transformers, f"{name}Config")(), f"{name}ForConditionalGeneration")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 
 from tests.conftest import FUZZ_SEED
+from tests.unit.machine import Machine
 from tests.unit.test_any_order_of_events import Serving
 
 LOADED = {"tokens": 0, "declined": 0}
@@ -118,3 +119,23 @@ def test_a_request_whose_load_is_declined_gets_in_by_its_raw_prompt(always):
     assert (req.metasoft.reused_prefix is None) == always and req.metasoft.compressed is not None
     assert (LOADED["declined"], LOADED["tokens"] > 900 // 4) == (int(always), not always)
     serving.teardown()
+
+
+@pytest.mark.parametrize("keep_raw", [True, False])
+def test_a_chat_that_grows_by_segments_is_copied_when_its_prefix_is_hit_again(keep_raw):
+    """Of each turn a raw twin comes first, below the prefix: that is no hit, and takes none from what follows."""
+    machine = Machine(
+        8000, keep_raw=keep_raw, min_tokens=100, window=16, host_ratio=2, write_policy="write_through_selective"
+    )
+    host = machine.tree.cache_controller.mem_pool_host
+    ids, slots, copied = list(range(10, 610)), [], []
+    for turn in range(3):
+        req = machine.arrive(ids)
+        machine.prefill(req)
+        slots.append(req.metasoft.compressed_slots)
+        machine.finish(req)
+        machine.tree.check_hicache_events()
+        copied.append(host.size - host.available_size())
+        ids = ids + list(range(1000 * (turn + 1), 1000 * (turn + 1) + 300))
+    assert slots[0] < slots[1] < slots[2]
+    assert copied == [0, slots[0], slots[1]]

@@ -72,11 +72,11 @@ class PrefixPolicy(ABC):
     def publish_raw(self, req, *, up_to: int) -> None:
         """Insert a raw span below every other priority, so that memory pressure takes it first."""
         if not req.skip_radix_cache_insert:
-            with self.kept_off_host():
+            with self.kept_off_host(req, up_to):
                 self.insert_row(req, up_to=up_to, priority=RAW_PRIORITY)
 
-    def kept_off_host(self) -> contextlib.AbstractContextManager:
-        """In which nothing that is inserted is copied to a host pool: raw twins would take most of it."""
+    def kept_off_host(self, req, up_to: int) -> contextlib.AbstractContextManager:
+        """In which a row that is inserted so far is not copied to a host pool: raw twins would take most of it."""
         return contextlib.nullcontext()
 
     def priority_of(self, req) -> int:

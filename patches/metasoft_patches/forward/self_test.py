@@ -175,7 +175,10 @@ class SelfTest:
 
         def on_layer(number, layer, q, k, v, pool):
             near.append(q.clone())
-            outputs.append(attend(q, pool.key, pool.value, nowhere, k, v, pool.scale, window=pool.window_tokens)[0])
+            out, _ = attend(
+                q, pool.key, pool.value, nowhere, k, v, pool.scale, kernels=self.kernels, window=pool.window_tokens
+            )
+            outputs.append(out)
             return outputs[-1]
 
         def on_layer_far(number, layer, q, k, v, pool):

@@ -7,15 +7,11 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from metasoft_patches.cache.radix import PrefixPolicy
 from metasoft_patches.cache.request import RequestState
 
-NEVER = (1 << 31) - 1  # hits after which a node is copied to the host
-
 
 class RadixCache(PrefixPolicy, UnifiedRadixCache):
     """SGLang's radix cache; what is inserted, and how durably, is the policy's."""
 
-    # SGLang's.
-    write_through_threshold: int
-    load_back_threshold: int
+    load_back_threshold: int  # SGLang's
 
     def checkpoint(self, req, *, up_to: int, **kwargs) -> None:
         self.publish(req, up_to=up_to, **kwargs)
@@ -28,13 +24,15 @@ class RadixCache(PrefixPolicy, UnifiedRadixCache):
             req.priority = kept
 
     @contextlib.contextmanager
-    def kept_off_host(self):
-        kept = self.write_through_threshold
-        self.write_through_threshold = NEVER
+    def kept_off_host(self, req, up_to):
+        # As if the request had inserted it before: then SGLang counts no hit, of what lies above a raw twin neither.
+        # The request's next insertion counts that one, and may copy it.
+        kept = req.kv.cache_inserted_len
+        req.kv.cache_inserted_len = max(kept, up_to)
         try:
             yield
         finally:
-            self.write_through_threshold = kept
+            req.kv.cache_inserted_len = kept
 
     def init_load_back(self, params):
         """Load what a request has matched on the host, its compressed prefix in any case whole.

@@ -113,7 +113,7 @@ USED = (
 )
 
 # A load-back that is declined (None) leaves its request in the queue, nothing committed. A raw twin gets no copy on the
-# host while the threshold is beyond its hits; what is loaded however small is so by the other threshold.
+# host, since what a request has inserted before counts no hit; what is loaded however small is so by the threshold.
 PINNED_HOST_POOL = (
     (
         "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
@@ -130,8 +130,16 @@ PINNED_HOST_POOL = (
         ("kv_tokens < max(1, self.load_back_threshold)",),
     ),
     (
-        "sglang.srt.mem_cache.unified_cache.unified_tree_core:UnifiedTreeCore._inc_hit_count_and_check",
-        ("node.hit_count >= self.write_through_threshold",),
+        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.checkpoint_into_tree",
+        ("inserted_len=req.kv.cache_inserted_len,",),
+    ),
+    (
+        "sglang.srt.mem_cache.unified_cache.unified_tree_core:UnifiedTreeCore._finish_insert_walk_node",
+        ("if node_end > state.params.inserted_len and self._inc_hit_count_and_check(node):",),
+    ),
+    (
+        "sglang.srt.mem_cache.unified_cache.unified_tree_core:UnifiedTreeCore._should_backup_after_insert",
+        ("leaf_end > state.params.inserted_len",),
     ),
 )
 

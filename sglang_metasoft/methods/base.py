@@ -18,7 +18,6 @@ class Method:
 
     needs_probe = True  # else the entries alone decide, and the model does not run
     needs_all_heads = False  # a head's importance depends on other heads, which other ranks may hold
-    scores_together = False  # by kernels: one launch for all prompts, see score_together
     reads_path = False  # loads a trained compressor from ``--metasoft-path``
 
     @classmethod
@@ -101,6 +100,11 @@ class Method:
     def scores_by_attention(self) -> bool:
         """Whether importance is the probe's mean attention and nothing else."""
         return type(self).score is Method.score and type(self).score_layer is Method.score_layer
+
+    @property
+    def scores_together(self) -> bool:
+        """Whether :meth:`score_together` says, by kernels, what :meth:`score_layer` says."""
+        return False
 
     @property
     def entry_scorer(self) -> EntryScorer | None:

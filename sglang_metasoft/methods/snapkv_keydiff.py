@@ -14,7 +14,12 @@ class SnapKVKeyDiff(Method):
     """
 
     default_consolidation = "none"
-    scores_together = True
+
+    @property
+    def scores_together(self) -> bool:
+        """Unless a subclass scores otherwise."""
+        cls = type(self)
+        return cls.score is Method.score and cls.score_layer is SnapKVKeyDiff.score_layer
 
     def score_layer(self, view: LayerView) -> Scores:
         mass = super().score_layer(view).importance

@@ -22,6 +22,7 @@ class Served(NamedTuple):
 
     body: Body
     layers: list[AttentionLayer]
+    kernels: str  # the setting
 
 
 def examine(scheduler, adapter: Adapter, committer: Committer, shape: ModelShape, kernels: str) -> Served:
@@ -41,7 +42,7 @@ def examine(scheduler, adapter: Adapter, committer: Committer, shape: ModelShape
     check_pool(committer.pool)
     body, layers = Body(model), read_layers(model)
     check_layers(model, layers, shape, get_parallel().attn_tp_size)
-    return Served(body, SelfTest(scheduler, adapter, committer, body, layers, kernels).run())
+    return Served(body, SelfTest(scheduler, adapter, committer, body, layers, kernels).run(), kernels)
 
 
 class SGLangModel:
@@ -69,7 +70,8 @@ class SGLangModel:
         def collect(number, layer, q, k, v, pool):
             found.append(q.clone())
             if pool.window_tokens is not None:
-                return attend(q, pool.key, pool.value, nowhere, k, v, pool.scale, window=pool.window_tokens)[0]
+                seen = dict(kernels=self.served.kernels, window=pool.window_tokens)
+                return attend(q, pool.key, pool.value, nowhere, k, v, pool.scale, **seen)[0]
             q_heads, k_heads, v_heads = (x.float().transpose(0, 1).unsqueeze(0) for x in (q, k, v))
             out = scaled_dot_product_attention(
                 q_heads, k_heads, v_heads, is_causal=True, scale=pool.scale, enable_gqa=True

@@ -54,7 +54,11 @@ RECORDS = {
     Bypass.EMBED_OVERRIDES: {"positional_embed_overrides": object()},  # of Engine.score, which shows no report
 }
 # What needs a server of another kind.
-ELSEWHERE = {Bypass.LORA: "test_lora.py", Bypass.WEIGHTS: "test_interruptions.py"}
+ELSEWHERE = {
+    Bypass.LORA: "test_lora.py",
+    Bypass.WEIGHTS: "test_interruptions.py",
+    Bypass.SLIDING_WINDOW: "test_sliding_windows.py",
+}
 
 
 @pytest.fixture(scope="module")

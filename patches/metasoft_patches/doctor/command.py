@@ -110,9 +110,8 @@ def _host_pool(estimate: dict) -> list[str]:
     compressed = [
         f"{tokens // (fit['prompt_entries'] + output):,} at ratio {fit['ratio']:g}" for fit in estimate["fits"]
     ]
-    return [
-        f"a host pool of {tokens:,} tokens (if the host has that memory) holds {raw:,} of them raw, {', '.join(compressed)}"
-    ]
+    size = f"a host pool of {tokens:,} tokens (if the host has that memory)"
+    return [f"{size} holds {raw:,} of them raw, {', '.join(compressed)}"]
 
 
 def _table(estimate: dict) -> list[str]:

@@ -26,12 +26,14 @@ class Recorded:
         self.scheduler = SimpleNamespace(
             enable_overlap=True,
             schedule_stream=SimpleNamespace(wait_stream=lambda other: self.steps.append("schedule waits")),
-            forward_stream=SimpleNamespace(wait_stream=lambda other: self.steps.append("forward waits")),
+            forward_stream=SimpleNamespace(wait_stream=lambda other: self.steps.append(f"forward waits for {other}")),
             forward_stream_ctx=contextlib.nullcontext(),
             batch_record_buf=[None, []],
             batch_record_ct=1,
             running_batch=SimpleNamespace(),
-            device_module=SimpleNamespace(Event=lambda: SimpleNamespace(record=lambda: self.steps.append("event"))),
+            device_module=SimpleNamespace(
+                Event=lambda: SimpleNamespace(record=lambda: self.steps.append("event")), current_stream=lambda: "own"
+            ),
         )
         compressor = self.compressor = SchedulerCompressor.__new__(SchedulerCompressor)
         compressor.scheduler, compressor.metrics = self.scheduler, None
@@ -89,7 +91,7 @@ class Recorded:
         return batch.seq_lens.tolist()
 
 
-QUEUED = ["schedule waits", "reserve", "forward waits", "stages", "event", "schedule waits"]
+QUEUED = ["schedule waits", "reserve", "forward waits for own", "stages", "event", "schedule waits"]
 
 
 def test_what_is_queued_outlives_the_forward(monkeypatch):
@@ -104,7 +106,7 @@ def test_fidelity_is_sampled_before_the_raw_entries_are_let_go_and_its_faults_co
     recorded = Recorded(monkeypatch, fails=fails)
     recorded.sampled = {"1"}
     assert recorded.compress(2) == [10 - PLAN.saved_slots] * 2 and recorded.compared == ["1"]
-    assert recorded.steps[-6:] == ["forward waits", "compare", "event", "schedule waits", "commit", "commit"]
+    assert recorded.steps[-6:] == ["forward waits for own", "compare", "event", "schedule waits", "commit", "commit"]
 
 
 def test_a_fault_of_fidelity_on_one_of_several_ranks_ends_the_server(monkeypatch):
@@ -135,7 +137,7 @@ def test_updated_weights_are_followed_once_before_anything_is_reserved(monkeypat
     recorded.compress()
     assert recorded.steps == [
         "schedule waits",
-        "forward waits",
+        "forward waits for own",
         "follow weights",
         "event",
         *QUEUED[1:],
@@ -237,8 +239,8 @@ def test_a_plan_is_copied_before_the_next_one_is_written(compressed):
     page_locked = [None]
     forward = SimpleNamespace(wait_stream=lambda other: None)
     fence = LaunchFence(SimpleNamespace(
-        enable_overlap=True, forward_stream=forward, schedule_stream=None, forward_stream_ctx=contextlib.nullcontext(),
-        device_module=SimpleNamespace(Event=stream.make_event),
+        enable_overlap=True, forward_stream=forward, forward_stream_ctx=contextlib.nullcontext(),
+        device_module=SimpleNamespace(Event=stream.make_event, current_stream=lambda: None),
     ))  # fmt: skip
     results = []
     for number in range(6):

@@ -36,8 +36,10 @@ class LaunchFence:
         if not scheduler.enable_overlap:
             yield
             return
+        # The scheduler's own stream; while it is being made, before it has one, the default.
+        caller = scheduler.device_module.current_stream()
         with scheduler.forward_stream_ctx:
-            scheduler.forward_stream.wait_stream(scheduler.schedule_stream)
+            scheduler.forward_stream.wait_stream(caller)
             try:
                 yield
             finally:

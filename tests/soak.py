@@ -28,7 +28,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # when run as a script
 from sglang_metasoft.data import DOCUMENT  # noqa: E402
 from sglang_metasoft.local_server import Server  # noqa: E402
 from sglang_metasoft.types import Bypass  # noqa: E402
-from tests.server.checks import SALT, SOFT_TOKENS, assert_pool_is_whole, assert_sound_inside, inside_env, inside_lines  # noqa: E402
+from tests.server.checks import (
+    SALT,
+    SOFT_TOKENS,
+    aborting,
+    assert_pool_is_whole,
+    assert_sound_inside,
+    inside_env,
+    inside_lines,
+)  # noqa: E402
 
 POOL_TOKENS = 4096
 MAX_PROMPT = 1500
@@ -264,11 +272,8 @@ class Soak:
     def do_abort(self, source) -> None:
         """Aborted while waiting, prefilling, compressing or decoding; the answer says so, if it came to that."""
         rid = f"abort-{source.random()}"
-        timer = threading.Timer(
-            source.random() * 2, requests.post, [f"{self.server.url}/abort_request"], {"json": {"rid": rid}}
-        )
-        timer.start()
-        response = self.post(self.body(self.document_prompt(source), 300, rid=rid))
+        with aborting(self.server, rid, source.random() * 2):
+            response = self.post(self.body(self.document_prompt(source), 300, rid=rid))
         assert response.json()["meta_info"]["finish_reason"]["type"] == "abort", response.text
         with self.lock:
             self.summary.aborted += 1

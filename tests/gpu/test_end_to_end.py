@@ -1,7 +1,6 @@
 """Real servers on the device: the same checks for each attention backend and page size."""
 
 import json
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.gpu.conftest import BACKENDS, DEVICE_FLAGS, DRY_RUN, PAGES, POOL_TOKENS
 from tests.reference.meta_soft_reference import Reference
-from tests.server.checks import SALT, assert_pool_is_whole, assert_sound_after_all, inside_env, metasoft
+from tests.server.checks import SALT, aborting, assert_pool_is_whole, assert_sound_after_all, inside_env, metasoft
 from tests.server.test_identity import outputs
 from tests.server.test_reference import calibration_ids, compare_entries
 
@@ -130,12 +129,9 @@ def test_aborted_requests_leave_nothing(served, long_ids):
     body = {"sampling_params": {"temperature": 0, "max_new_tokens": 2000, "ignore_eos": True}}
 
     def ask(number):
-        timer = threading.Timer(
-            0.3 * number, requests.post, [f"{served.server.url}/abort_request"], {"json": {"rid": rids[number]}}
-        )
-        timer.start()
         ids = long_ids[90 * number :][:1500]
-        return requests.post(f"{served.server.url}/generate", json=body | {"input_ids": ids, "rid": rids[number]})
+        with aborting(served.server, rids[number], 0.3 * number):
+            return requests.post(f"{served.server.url}/generate", json=body | {"input_ids": ids, "rid": rids[number]})
 
     with ThreadPoolExecutor(len(rids)) as pool:
         for response in pool.map(ask, range(len(rids))):

@@ -1,10 +1,14 @@
 """What several server tests check: the report of a response, and that the pool is whole again."""
 
+import contextlib
 import json
 import os
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+import requests
 
 # Untrained soft tokens, for tests of the probe: without a compressor a server takes a method that has none.
 SOFT_TOKENS = ("--enable-metasoft", "--metasoft-method", "metasoft")
@@ -19,6 +23,26 @@ STRICT_CHECKS = {
 SALT = "extra_key" if version("sglang") == "0.5.17" else "cache_salt"
 
 INSIDE = Path(__file__).with_name("inside")
+
+
+@contextlib.contextmanager
+def aborting(server, rid: str, after_seconds: float):
+    """Within it a request is aborted, from then on, again and again: an abort that comes before its request is lost."""
+    answered = threading.Event()
+
+    def keep_aborting() -> None:
+        answered.wait(after_seconds)
+        while not answered.is_set():
+            requests.post(f"{server.url}/abort_request", json={"rid": rid}, timeout=60)
+            answered.wait(0.2)
+
+    thread = threading.Thread(target=keep_aborting)
+    thread.start()
+    try:
+        yield
+    finally:
+        answered.set()
+        thread.join()
 
 
 def inside_env(**faults) -> dict[str, str]:

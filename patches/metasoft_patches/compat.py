@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from metasoft_patches import families
+from metasoft_patches.window_backends import unkept_windows
 
 MODEL = "--model-path"
 # The first is the one that a plain installation brings.
@@ -192,7 +193,7 @@ REFUSED = (
     Refusal(
         "an attention backend that does not keep the model's sliding windows",
         "--attention-backend",
-        lambda args, model: bool(families.unkept_windows(model, _backends(args))),
+        lambda args, model: bool(unkept_windows(model, _backends(args))),
         "its window layers would look for entries that are dropped; allowed: fa3, fa4, trtllm_mha",
     ),
     Refusal(

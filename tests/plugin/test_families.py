@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import sglang.srt.plugins as plugins
 import transformers
-from metasoft_patches import compat, families
+from metasoft_patches import compat, families, window_backends
 from metasoft_patches.doctor.command import main
 from metasoft_patches.families import BY_CLASS, FAMILIES, Verdict
 from sglang.srt.configs.model_config import ModelConfig
@@ -187,7 +187,7 @@ def test_which_classes_with_windows_tell_attention_backends_nothing():
     methods = methods_of_classes()
     windowed = {name for name, family in BY_CLASS.items() if family.window_more is not None and name in methods}
     silent = {name for name in windowed if "get_attention_sliding_window_size" not in methods[name]}
-    assert len(windowed) > 8 and silent == families.WITHOUT_PLAN & methods.keys()
+    assert len(windowed) > 8 and silent == window_backends.WITHOUT_PLAN & methods.keys()
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def microseconds(requests: int, steps: int) -> float:
     positions = torch.arange(requests)
     began = time.perf_counter()
     for _ in range(steps):
-        shift.apply(SimpleNamespace(positions=positions), batch)
+        shift.apply(SimpleNamespace(positions=positions, mrope_positions=None), batch)
     return 1e6 * (time.perf_counter() - began) / steps
 
 
